@@ -1,0 +1,1 @@
+"""Train models larger than the GPU with the Lightning code you already have."""

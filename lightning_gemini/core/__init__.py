@@ -1,0 +1,33 @@
+"""The engine: chunks of parameters, sharded over ranks and moved on demand. Imports torch alone."""
+
+from lightning_gemini.core.chunk import Chunk, ChunkState, Home
+from lightning_gemini.core.dtypes import DtypePolicy
+from lightning_gemini.core.engine import Engine
+from lightning_gemini.core.errors import (
+    ConfigurationError,
+    DisagreementError,
+    GeminiError,
+    OutOfBudgetError,
+    StaleGraphError,
+    StateError,
+)
+from lightning_gemini.core.layout import Layout, ParamSpec, plan_layout
+from lightning_gemini.core.shard import shard
+
+__all__ = [
+    "Chunk",
+    "ChunkState",
+    "ConfigurationError",
+    "DisagreementError",
+    "DtypePolicy",
+    "Engine",
+    "GeminiError",
+    "Home",
+    "Layout",
+    "OutOfBudgetError",
+    "ParamSpec",
+    "StaleGraphError",
+    "StateError",
+    "plan_layout",
+    "shard",
+]

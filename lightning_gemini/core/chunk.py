@@ -1,0 +1,168 @@
+"""One chunk: a storage that is made once, the parameters that are views of it, and its states."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gemini.core.errors import StateError
+from lightning_gemini.core.layout import ChunkSpec, ParamSpec
+
+
+class ChunkState(Enum):
+    """What a chunk's unsharded storage is doing, and the device memory that costs."""
+
+    FREE = "free"  #: no storage; its parameters are shape-only placeholders
+    HELD = "held"  #: unsharded and idle: ``numel`` elements
+    COMPUTE = "compute"  #: unsharded and in use by a unit or by autograd: ``numel`` elements
+
+
+class Home(Enum):
+    """Where a chunk's shard, the truth between two steps, lives."""
+
+    FULL = "full"  #: in its slice of the unsharded chunk, which is never freed
+    DEVICE = "device"  #: in a storage of its own on the device
+    HOST = "host"  #: in a storage of its own in host memory
+
+
+_TRANSITIONS = {
+    (ChunkState.FREE, ChunkState.HELD),
+    (ChunkState.HELD, ChunkState.FREE),
+    (ChunkState.HELD, ChunkState.COMPUTE),
+    (ChunkState.COMPUTE, ChunkState.HELD),
+}
+
+
+class Chunk:
+    """The storage of one :class:`ChunkSpec`, seen by its parameters.
+
+    The storage object is made once and only ever resized: autograd keeps aliases of it (``weight.t()`` is a view), and
+    these stay valid when a chunk is freed and filled again. Parameters are bound by ``p.data = view``: ``nn.Parameter``
+    of the view would share its version counter, and every fill would look like a change made by the user.
+
+    Attributes:
+        full: the flat unsharded buffer, ``spec.numel`` elements; without storage while FREE.
+        own: this rank's slice of ``full``, a view.
+        shard: ``spec.numel // world_size`` elements that hold the truth; ``own`` itself if the home is FULL.
+        params: the parameters, in the order of ``spec.slots``; ``names``, ``shapes`` and ``strides`` likewise.
+    """
+
+    def __init__(
+        self,
+        spec: ChunkSpec,
+        specs: Sequence[ParamSpec],
+        params: Sequence[nn.Parameter],
+        home: Home,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        host: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.params = tuple(params)
+        self.names = tuple(info.name for info in specs)
+        self.shapes = tuple(info.shape for info in specs)
+        self.strides = tuple(info.stride for info in specs)
+        self._starts = tuple(slot.offset for slot in spec.slots)
+        self.home = home
+        self.pins = 0
+        self.state = ChunkState.HELD if home is Home.FULL else ChunkState.FREE
+        dtype, numel = spec.kind.dtype, spec.numel // world_size
+        with torch.inference_mode(False):
+            # zeros, not empty: padding takes part in norms and updates
+            self.full = torch.zeros(spec.numel, dtype=dtype, device=device)
+            self.own = self.full.narrow(0, rank * numel, numel)
+            self.tag = self.full.view(torch.uint8)[-4:].view(torch.int32)
+            self._views = tuple(self.view_in(self.full, slot) for slot in range(len(specs)))
+            self._placeholders = tuple(placeholder(info.shape, dtype, device) for info in specs)
+            if home is Home.FULL:
+                self.shard = self.own
+                self._point_params_at(self._views)
+            else:
+                self.shard = torch.zeros(numel, dtype=dtype, device=device if home is Home.DEVICE else host)
+                self.full.untyped_storage().resize_(0)
+                self._point_params_at(self._placeholders)
+
+    @property
+    def index(self) -> int:
+        return self.spec.index
+
+    @property
+    def resident(self) -> bool:
+        """Whether the chunk is unsharded, so that its parameters have their values."""
+        return self.state is not ChunkState.FREE
+
+    def allocate(self) -> None:
+        """Gives ``full`` its storage, with undefined content."""
+        self.full.untyped_storage().resize_(self.spec.nbytes)
+
+    def hold(self) -> None:
+        """FREE -> HELD, once ``full`` has been filled: the parameters see their values."""
+        self._move(ChunkState.HELD)
+        self._point_params_at(self._views)
+
+    def free(self) -> None:
+        """HELD -> FREE: the parameters become placeholders and the storage goes."""
+        if self.home is Home.FULL:
+            raise StateError(f"chunk {self.index} lives in its unsharded storage and cannot be freed")
+        self._move(ChunkState.FREE)
+        self._point_params_at(self._placeholders)
+        self.full.untyped_storage().resize_(0)
+
+    def pin(self) -> None:
+        """HELD -> COMPUTE for one more user; the chunk stays until each has called :meth:`unpin`."""
+        if self.pins == 0:
+            self._move(ChunkState.COMPUTE)
+        self.pins += 1
+
+    def unpin(self) -> None:
+        """One user less; the last one makes it COMPUTE -> HELD."""
+        if self.pins == 0:
+            raise StateError(f"chunk {self.index} is not in use")
+        self.pins -= 1
+        if self.pins == 0:
+            self._move(ChunkState.HELD)
+
+    def rebind(self) -> None:
+        """Points the parameters at the chunk again, after they have been given other tensors."""
+        self._point_params_at(self._views if self.resident else self._placeholders)
+
+    def let_go(self) -> None:
+        """Points the parameters at nothing of this chunk any more."""
+        self._point_params_at(self._placeholders)
+
+    def slot_at(self, offset: int) -> int:
+        """The slot that holds element ``offset`` of the unsharded chunk."""
+        return bisect_right(self._starts, offset) - 1
+
+    def view_in(self, flat: Tensor, slot: int) -> Tensor:
+        """The ``slot``-th parameter's view of a flat buffer of this chunk's layout, such as its gradient's."""
+        return flat.as_strided(self.shapes[slot], self.strides[slot], self.spec.slots[slot].offset)
+
+    def view(self, slot: int) -> Tensor:
+        """The unsharded value of the ``slot``-th parameter, in its own shape; only while resident."""
+        if not self.resident:
+            raise StateError(f"chunk {self.index} is not unsharded")
+        return self._views[slot]
+
+    def _move(self, state: ChunkState) -> None:
+        if (self.state, state) not in _TRANSITIONS:
+            raise StateError(f"chunk {self.index} cannot go from {self.state.name} to {state.name}")
+        self.state = state
+
+    def _point_params_at(self, tensors: Sequence[Tensor]) -> None:
+        for param, tensor in zip(self.params, tensors, strict=True):
+            param.data = tensor
+
+
+def placeholder(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of ``shape`` that takes the memory of one element.
+
+    A read gives NaN (zero for integers), a write in place raises.
+    """
+    value = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
+    return torch.full((), value, dtype=dtype, device=device).expand(tuple(shape))

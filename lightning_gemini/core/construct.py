@@ -1,0 +1,189 @@
+"""Fills the chunks: from a model that was built, or by initialising one that was not, parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_gemini.core.chunk import placeholder
+from lightning_gemini.core.errors import ConfigurationError
+from lightning_gemini.core.store import Store
+
+
+def leave_meta(root: nn.Module, device: torch.device) -> set[nn.Parameter]:
+    """Turns parameters on ``meta`` into shape-only placeholders on ``device``, so that optimizers accept them.
+
+    The parameter objects stay the same.
+
+    Returns:
+        the parameters that were on ``meta`` and have no values yet.
+    """
+    unbuilt = set()
+    for param in dict.fromkeys(root.parameters()):
+        if param.is_meta:
+            empty = nn.Parameter(placeholder(param.shape, param.dtype, device), requires_grad=param.requires_grad)
+            empty.__dict__.update(param.__dict__)
+            torch.utils.swap_tensors(param, empty)
+            unbuilt.add(param)
+    return unbuilt
+
+
+def fill(store: Store, values: dict[int, Tensor]) -> None:
+    """Writes the values of parameters that were built; rank 0's, as DDP does.
+
+    Args:
+        values: by index; emptied one by one, so that what is written can be freed.
+    """
+    for index in sorted(values):
+        _write(store, index, values.pop(index))
+
+
+def place_buffers(root: nn.Module, store: Store) -> None:
+    """Moves buffers to the device and gives them rank 0's values; buffers are not sharded."""
+    for module in root.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                moved = buffer.to(store.device.device)
+                module._buffers[key] = moved
+                if not moved.is_contiguous():
+                    moved.copy_(store.collectives.broadcast(moved.contiguous()))
+                else:
+                    store.collectives.broadcast(moved)
+
+
+def initialise(root: nn.Module, store: Store, index_of: Mapping[nn.Parameter, int], unbuilt: set[nn.Parameter]) -> None:
+    """Initialises what was on ``meta``, so that no rank ever holds more than a few whole parameters.
+
+    A Hugging Face model runs its own ``initialize_weights``, any other module its ``reset_parameters`` (children
+    first). A parameter gets memory when an initialiser touches it, and gives it back soon after.
+
+    Raises:
+        ConfigurationError: a parameter or a buffer is initialised by nobody.
+    """
+    device = store.device.device
+    if not unbuilt and not any(buffer.is_meta for buffer in root.buffers()):
+        return
+    buffers = dict(_leave_meta_buffers(root, device))
+    with torch.inference_mode(False), torch.no_grad():
+        with _MaterialiseOnTouch(store, {p: index_of[p] for p in unbuilt}) as touched:
+            _run_initialisers(root, unbuilt, set(buffers.values()))
+            touched.flush()
+        missing = [store.layout.params[index_of[p]].name for p in unbuilt if p not in touched.seen]
+        for index in sorted({store.layout.place(index_of[p])[0] for p in unbuilt}):
+            flat, spec = store.read(index), store.layout.chunks[index]
+            missing += [
+                store.layout.params[slot.param].name for slot in spec.slots if _has_blank(flat[slot.offset : slot.end])
+            ]
+    missing += [name for name, buffer in buffers.items() if _has_blank(buffer)]
+    if missing:
+        raise ConfigurationError(
+            f"built on the meta device and initialised by nobody: {', '.join(dict.fromkeys(missing))}. Give their "
+            "modules a reset_parameters() that fills every parameter and buffer, or build the model without "
+            "empty_init."
+        )
+
+
+def _run_initialisers(module: nn.Module, unbuilt: set[nn.Parameter], buffers: set[Tensor]) -> None:
+    whole = getattr(module, "initialize_weights", None)
+    if callable(whole) and hasattr(module, "_init_weights"):
+        for part in (*module.modules(), *module.parameters()):
+            # set while the model was built on meta, when there was nothing to initialise
+            part.__dict__.pop("_is_hf_initialized", None)
+        whole()
+        return
+    for child in module.children():
+        _run_initialisers(child, unbuilt, buffers)
+    own = [*module._parameters.values(), *module._buffers.values()]
+    if any(tensor is not None and (tensor in unbuilt or tensor in buffers) for tensor in own):
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
+class _MaterialiseOnTouch(TorchFunctionMode):
+    """Gives a parameter memory when a function gets it as an argument, and stores it when others have followed."""
+
+    _ALIVE = 8
+
+    def __init__(self, store: Store, index_of: Mapping[nn.Parameter, int]) -> None:
+        super().__init__()
+        self._store = store
+        self._index_of = index_of
+        self._alive: dict[nn.Parameter, None] = {}
+        self.seen: set[nn.Parameter] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") != "__get__" or func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, nn.Parameter) and value in self._index_of:
+                    self._touch(value)
+        return func(*args, **kwargs)
+
+    def flush(self) -> None:
+        """Stores what is in memory."""
+        while self._alive:
+            self._store_oldest()
+
+    def _touch(self, param: nn.Parameter) -> None:
+        if param in self._alive:
+            return
+        with torch._C.DisableTorchFunction():
+            while len(self._alive) >= self._ALIVE:
+                self._store_oldest()
+            index = self._index_of[param]
+            if param in self.seen:
+                param.data = self._reload(index).to(param.dtype)
+            else:
+                param.data = torch.full(param.shape, _blank(param.dtype), dtype=param.dtype, device=param.device)
+        self._alive[param] = None
+        self.seen.add(param)
+
+    def _store_oldest(self) -> None:
+        with torch._C.DisableTorchFunction():
+            param = next(iter(self._alive))
+            _write(self._store, self._index_of[param], param.data)
+            param.data = placeholder(param.shape, param.dtype, param.device)
+            del self._alive[param]
+
+    def _reload(self, index: int) -> Tensor:
+        chunk, slot = self._store.layout.place(index)
+        spec = self._store.layout.params[index]
+        return self._store.read(chunk).as_strided(spec.shape, spec.stride, slot.offset).clone()
+
+
+def _leave_meta_buffers(root: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    for path, module in root.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                blank = torch.full(buffer.shape, _blank(buffer.dtype), dtype=buffer.dtype, device=device)
+                module._buffers[key] = blank
+                yield f"{path}.{key}" if path else key, blank
+
+
+def _blank(dtype: torch.dtype) -> Any:
+    """A value that no initialiser leaves behind."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return False if dtype is torch.bool else torch.iinfo(dtype).max
+
+
+def _has_blank(tensor: Tensor) -> bool:
+    blank = _blank(tensor.dtype)
+    if blank is False:
+        return False
+    return bool((tensor == blank).any() if isinstance(blank, int) else tensor.isnan().any())
+
+
+def _write(store: Store, index: int, value: Tensor) -> None:
+    collectives = store.collectives
+    if collectives.world_size > 1:
+        # contiguous and where the group can reach it
+        value = collectives.broadcast(value.detach().to(store.device.device).contiguous())
+    store.write(index, value)

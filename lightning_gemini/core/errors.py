@@ -1,0 +1,27 @@
+"""The errors of this package: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+
+class GeminiError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigurationError(GeminiError, ValueError):
+    """A setting, a model or an optimizer that cannot work; raised before training starts."""
+
+
+class StateError(GeminiError, RuntimeError):
+    """An operation that is not allowed in the engine's present state."""
+
+
+class OutOfBudgetError(GeminiError, MemoryError):
+    """Chunks that are needed at the same time do not fit the memory they were given."""
+
+
+class DisagreementError(GeminiError, RuntimeError):
+    """The ranks do not do the same thing: another model, another order of units, another layout."""
+
+
+class StaleGraphError(GeminiError, RuntimeError):
+    """A backward through a graph whose weights an optimizer step has changed since."""

@@ -1,0 +1,366 @@
+"""Gradients: from the parameters' own to reduced shards that wait for the step.
+
+NOTE: reduce order.
+Every chunk that an optimizer updates is reduced once per backward on every rank, in one agreed order: a chunk that is
+complete waits for those before it, and what has not come when the outermost backward ends travels as zeros. So
+reductions match across the ranks even where a parameter is used on one of them only.
+
+The order is at first the layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
+
+NOTE: late gradients.
+A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced is
+kept until the step, where the ranks agree on the chunks to reduce once more; from then on the chunk waits for as many
+parts as it got.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.collectives import Pending
+from lightning_gemini.core.dtypes import DtypePolicy
+from lightning_gemini.core.errors import ConfigurationError, StateError
+from lightning_gemini.core.memory import BufferPool
+from lightning_gemini.core.store import Store
+
+_MAX_IN_FLIGHT = 2
+
+
+class GradientState(Enum):
+    """Where a chunk's gradient is in the present backward, and what that costs beside the reduced shard."""
+
+    EMPTY = "empty"  #: nothing has come: no memory
+    FILLING = "filling"  #: some parameters' gradients are in: a buffer as long as the chunk
+    READY = "ready"  #: all are in, it waits for its turn: the same buffer
+    REDUCING = "reducing"  #: the collective runs: the same buffer, and the shard to come
+
+
+_TRANSITIONS = {
+    (GradientState.EMPTY, GradientState.FILLING),
+    (GradientState.FILLING, GradientState.READY),
+    (GradientState.READY, GradientState.REDUCING),
+    (GradientState.REDUCING, GradientState.EMPTY),
+}
+
+
+class ChunkGradient:
+    """The gradient of one chunk.
+
+    Attributes:
+        shard: the reduced mean of this rank's part, summed over the backwards since the last step; ``None`` before the
+            first. In the compute dtype after one backward, in fp32 while accumulating.
+        used: for each slot, whether a gradient has come since the last step (on any rank, once the ranks have agreed).
+    """
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.shard: Tensor | None = None
+        self.used = [False] * len(chunk.params)
+        self.state = GradientState.EMPTY
+        self.buffer: Tensor | None = None
+        self.reduced = False  # in this backward
+        self._arrived = [False] * len(chunk.params)
+        self._arrivals = [0] * len(chunk.params)
+        self._expected = [1] * len(chunk.params)
+        self._missing = len(chunk.params)
+        ends = [0, *(slot.end for slot in chunk.spec.slots)]
+        starts = [*(slot.offset for slot in chunk.spec.slots), chunk.spec.numel]
+        self._gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+
+    def move(self, state: GradientState) -> None:
+        if (self.state, state) not in _TRANSITIONS:
+            raise StateError(
+                f"the gradient of chunk {self.chunk.index} cannot go from {self.state.name} to {state.name}"
+            )
+        self.state = state
+
+    def open(self, buffer: Tensor) -> None:
+        """EMPTY -> FILLING."""
+        self.move(GradientState.FILLING)
+        for start, stop in self._gaps:
+            buffer[start:stop].zero_()
+        self.buffer = buffer
+        self._arrived = [False] * len(self._arrivals)
+
+    def fill(self, slot: int, grad: Tensor) -> bool:
+        """Copies one parameter's gradient in, or adds it to what came before; returns whether it was the last."""
+        assert self.buffer is not None
+        view = self.chunk.view_in(self.buffer, slot)
+        if self._arrived[slot]:
+            view.add_(grad)
+        else:
+            view.copy_(grad)
+            self._arrived[slot] = True
+        self.used[slot] = True
+        self._arrivals[slot] += 1
+        if self._arrivals[slot] == self._expected[slot]:
+            self._missing -= 1
+        return self._missing == 0
+
+    def complete(self) -> None:
+        """FILLING -> READY; parameters without a gradient get zeros."""
+        assert self.buffer is not None
+        for slot, arrived in enumerate(self._arrived):
+            if not arrived:
+                self.chunk.view_in(self.buffer, slot).zero_()
+        self.move(GradientState.READY)
+
+    def end_backward(self) -> None:
+        """Learns how many parts each gradient came in, and starts to count anew."""
+        for slot, arrivals in enumerate(self._arrivals):
+            self._expected[slot] = max(self._expected[slot], arrivals)
+            self._arrivals[slot] = 0
+        self._missing = len(self._arrivals)
+        self.reduced = False
+
+
+class Gradients:
+    """All gradients of one engine.
+
+    Args:
+        store: the chunks; reductions run through its collectives.
+        policy: the dtypes.
+
+    Attributes:
+        accumulating: whether more backwards follow before the step, so that shards are best kept in fp32.
+    """
+
+    def __init__(self, store: Store, policy: DtypePolicy) -> None:
+        self._store = store
+        self._policy = policy
+        self._collectives = store.collectives
+        self.pool = BufferPool(store.device)
+        self._host_pool = BufferPool(store.host)
+        self.chunks: dict[int, ChunkGradient] = {
+            chunk.index: ChunkGradient(chunk) for chunk in store.chunks if chunk.spec.kind.updated
+        }
+        self._where = {
+            place.param: (gradient, slot)
+            for gradient in self.chunks.values()
+            for slot, place in enumerate(gradient.chunk.spec.slots)
+        }
+        self._order = [self.chunks[index] for index in store.layout.reduce_order]
+        self._next = 0
+        self._completed: list[int] | None = []  # indices, until the order is learnt
+        self._in_flight: deque[tuple[ChunkGradient, Pending, Tensor, Tensor | None]] = deque()
+        self.accumulating = False
+
+    def add(self, param: int, grad: Tensor) -> None:
+        """Takes the gradient of parameter number ``param`` in; reduces chunks whose turn has come.
+
+        Raises:
+            ConfigurationError: the gradient is sparse.
+        """
+        place = self._where.get(param)
+        if place is None:
+            return
+        if grad.layout is not torch.strided:
+            raise ConfigurationError(
+                f"the gradient of {self._store.layout.params[param].name} is sparse ({grad.layout}); chunks hold dense "
+                "gradients. Build the module with sparse=False."
+            )
+        gradient, slot = place
+        if gradient.state is GradientState.REDUCING:
+            self._settle()
+        if gradient.state is GradientState.EMPTY:
+            self._open(gradient)
+        last = gradient.fill(slot, grad)
+        if last and gradient.state is GradientState.FILLING and not gradient.reduced:
+            self._complete(gradient)
+            self._advance()
+
+    def end_backward(self) -> None:
+        """The outermost backward is over: reduces what is left, and waits for all of it."""
+        several = self._collectives.world_size > 1
+        for gradient in self._order[self._next :]:
+            if gradient.state is GradientState.EMPTY and several and _wants_gradient(gradient.chunk):
+                self._open(gradient)
+            if gradient.state is GradientState.FILLING:
+                self._complete(gradient)
+            if gradient.state is GradientState.READY:
+                self._reduce(gradient)
+        self._settle()
+        self._next = 0
+        for gradient in self._order:
+            if gradient.state is GradientState.FILLING and not several:  # late, and nobody to agree with
+                gradient.complete()
+                self._reduce(gradient)
+                self._settle()
+            gradient.end_backward()
+
+    def agree(self, chunks: list[ChunkGradient], failed: bool) -> bool:
+        """Makes ``used`` of ``chunks`` the same on all ranks and reduces late gradients; before every step.
+
+        Args:
+            failed: this rank cannot take the step.
+
+        Returns:
+            whether any rank cannot.
+        """
+        if self._collectives.world_size == 1:
+            return failed
+        late = [gradient.state is GradientState.FILLING for gradient in chunks]
+        marks = [float(flag) for flags in ([failed], late, *(g.used for g in chunks)) for flag in flags]
+        votes = self._collectives.sum(torch.tensor(marks, device=self._store.device.device)).bool().tolist()
+        for gradient, somewhere in zip(chunks, votes[1:], strict=False):
+            if somewhere:
+                if gradient.state is GradientState.EMPTY:
+                    self._open(gradient)
+                gradient.complete()
+                self._reduce(gradient)
+                gradient.reduced = False  # in the next backward
+        self._settle()
+        start = 1 + len(chunks)
+        for gradient in chunks:
+            gradient.used = votes[start : start + len(gradient.used)]
+            start += len(gradient.used)
+        self._learn_order()
+        return bool(votes[0])
+
+    def norm(self, chunks: list[ChunkGradient], norm_type: float = 2.0) -> Tensor:
+        """The norm over all ranks and all parameters of ``chunks``; a scalar on the device, fp32."""
+        device = self._store.device.device
+        parts = [
+            torch.linalg.vector_norm(g.shard, norm_type, dtype=torch.promote_types(g.shard.dtype, torch.float32))
+            for g in chunks
+            if g.shard is not None
+        ]
+        local = torch.stack([part.real.to(device) for part in parts]) if parts else torch.zeros(1, device=device)
+        if norm_type == float("inf"):
+            # one value a rank: the collective there is sums
+            every = torch.zeros(self._collectives.world_size, device=device)
+            every[self._collectives.rank] = local.max()
+            return self._collectives.sum(every).max()
+        return self._collectives.sum(local.pow(norm_type).sum()).pow(1 / norm_type)
+
+    def discard(self, chunks: list[ChunkGradient]) -> None:
+        """Forgets the gradients of ``chunks``, reduced or not."""
+        for gradient in chunks:
+            if gradient.shard is not None:
+                self._pool_of(gradient.chunk).put(gradient.shard)
+                gradient.shard = None
+            gradient.used = [False] * len(gradient.used)
+            if gradient.state is GradientState.FILLING:
+                self._drop_buffer(gradient)
+
+    def reset(self) -> None:
+        """After a failure: drops what the backward under way has not reduced; waits for nothing and nobody."""
+        for _, _, out, scratch in self._in_flight:
+            self._store.device.give(out.nbytes + (scratch.nbytes if scratch is not None else 0))
+        self._in_flight.clear()
+        self._next = 0
+        for gradient in self.chunks.values():
+            if gradient.buffer is not None:
+                self._store.device.give(gradient.buffer.nbytes)
+            gradient.buffer, gradient.state = None, GradientState.EMPTY
+            gradient.end_backward()
+        self.pool.clear()
+
+    def release(self) -> None:
+        """Drops everything and gives all memory back."""
+        self.reset()
+        self.discard(list(self.chunks.values()))
+        self.pool.clear()
+        self._host_pool.clear()
+
+    def _open(self, gradient: ChunkGradient) -> None:
+        dtype = gradient.chunk.full.dtype
+        if self._collectives.world_size > 1:
+            dtype = self._policy.reduce_dtype(dtype)
+        what = f"the gradient of chunk {gradient.chunk.index}"
+        gradient.open(self.pool.get(gradient.chunk.spec.numel, dtype, what))
+
+    def _complete(self, gradient: ChunkGradient) -> None:
+        gradient.complete()
+        if self._completed is not None:
+            self._completed.append(gradient.chunk.index)
+
+    def _learn_order(self) -> None:
+        """Takes over the order of rank 0's first backward; called where all ranks are."""
+        if self._completed:
+            seen = dict.fromkeys(self._collectives.broadcast_object(self._completed))
+            rest = [g.chunk.index for g in self._order if g.chunk.index not in seen]
+            self._order = [self.chunks[index] for index in (*seen, *rest)]
+            self._completed = None
+
+    def _advance(self) -> None:
+        while self._next < len(self._order):
+            gradient = self._order[self._next]
+            if gradient.state is not GradientState.READY:
+                if _wants_gradient(gradient.chunk):
+                    return
+            else:
+                self._reduce(gradient)
+            self._next += 1
+
+    def _reduce(self, gradient: ChunkGradient) -> None:
+        gradient.move(GradientState.REDUCING)
+        gradient.reduced = True
+        assert gradient.buffer is not None
+        full, what = gradient.buffer, f"the reduced gradient of chunk {gradient.chunk.index}"
+        if self._collectives.world_size == 1:
+            gradient.buffer = None
+            gradient.move(GradientState.EMPTY)
+            self._keep(gradient, full)
+            return
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            self._finish_oldest()
+        out = self.pool.get(gradient.chunk.own.numel(), full.dtype, what)
+        scratch_numel = self._collectives.scratch_numel(full.numel())
+        scratch = self.pool.get(scratch_numel, full.dtype, what) if scratch_numel else None
+        pending = self._collectives.reduce_scatter(full, out, scratch)
+        self._in_flight.append((gradient, pending, out, scratch))
+        self._store.counters.reduces += 1
+        self._store.counters.reduced_bytes += full.nbytes - out.nbytes
+
+    def _settle(self) -> None:
+        while self._in_flight:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        gradient, pending, out, scratch = self._in_flight.popleft()
+        pending.wait()
+        if scratch is not None:
+            self.pool.put(scratch)
+        self._drop_buffer(gradient)
+        self._keep(gradient, out.mul_(1 / self._collectives.world_size))
+
+    def _drop_buffer(self, gradient: ChunkGradient) -> None:
+        assert gradient.buffer is not None
+        self.pool.put(gradient.buffer)
+        gradient.buffer = None
+        gradient.state = GradientState.EMPTY
+
+    def _keep(self, gradient: ChunkGradient, part: Tensor) -> None:
+        """Adds a reduced part to the shard, on the tier where the chunk's shard lives."""
+        chunk, keep = gradient.chunk, gradient.chunk.full.dtype
+        if self.accumulating or gradient.shard is not None:
+            keep = torch.promote_types(keep, torch.float32)
+        pool, what = self._pool_of(chunk), f"the gradient shard of chunk {chunk.index}"
+        if chunk.home is Home.HOST:
+            self._store.counters.offloaded_bytes += part.nbytes
+        if part.dtype != keep or chunk.home is Home.HOST:
+            moved = pool.get(part.numel(), keep, what).copy_(part)
+            self.pool.put(part)
+            part = moved
+        if gradient.shard is None:
+            gradient.shard = part
+            return
+        if gradient.shard.dtype != keep:
+            wide = pool.get(part.numel(), keep, what).copy_(gradient.shard)
+            pool.put(gradient.shard)
+            gradient.shard = wide
+        gradient.shard.add_(part)
+        pool.put(part)
+
+    def _pool_of(self, chunk: Chunk) -> BufferPool:
+        return self._host_pool if chunk.home is Home.HOST else self.pool
+
+
+def _wants_gradient(chunk: Chunk) -> bool:
+    return any(param.requires_grad for param in chunk.params)

@@ -1,0 +1,123 @@
+"""Tiers of memory: what chunks may use, what they use, and buffers that are used again."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_gemini.core.errors import ConfigurationError, OutOfBudgetError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(value: int | float | str, name: str) -> int:
+    """``"20GiB"``, ``"512 MB"`` or a number of bytes, as an int.
+
+    Raises:
+        ConfigurationError: it does not parse, or is not positive; the message calls the setting ``name``.
+    """
+    number: float | None = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", value)
+        if match and match[2].lower() in _UNITS:
+            number = float(match[1]) * _UNITS[match[2].lower()]
+    elif not isinstance(value, bool):
+        number = float(value)
+    if number is None or not 1 <= number < float("inf"):
+        raise ConfigurationError(
+            f"{name} must be a positive number of bytes, or a text such as '20GiB' or '512MB', got {value!r}."
+        )
+    return int(number)
+
+
+def format_bytes(nbytes: float) -> str:
+    """``nbytes`` for people: ``"1.50 GiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+
+
+@dataclass
+class Tier:
+    """One kind of memory: bytes in use, their peak, and the bytes that may be in use.
+
+    ``capacity`` is ``None`` where nothing bounds it.
+    """
+
+    name: Literal["device", "host"]
+    device: torch.device
+    capacity: int | None = None
+    used: int = 0
+    peak: int = 0
+
+    def room(self, nbytes: int) -> bool:
+        """Whether ``nbytes`` more are allowed."""
+        return self.capacity is None or self.used + nbytes <= self.capacity
+
+    def take(self, nbytes: int, what: str) -> None:
+        """Counts ``nbytes`` as used by ``what``.
+
+        Raises:
+            OutOfBudgetError: it would be more than the capacity; nothing is counted then.
+        """
+        if not self.room(nbytes):
+            raise OutOfBudgetError(
+                f"{what} needs {format_bytes(nbytes)} of {self.name} memory, but {format_bytes(self.used)} of "
+                f"{format_bytes(self.capacity or 0)} are in use. Give more memory ({self.name}_memory=...), use more "
+                "ranks, or make the units or the chunks smaller."
+            )
+        self.used += nbytes
+        self.peak = max(self.peak, self.used)
+
+    def give(self, nbytes: int) -> None:
+        """Counts ``nbytes`` as free again."""
+        self.used -= nbytes
+
+
+class BufferPool:
+    """Flat buffers of a tier, kept for the next use: fresh host memory costs a page fault per 4 KiB."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+
+    def get(self, numel: int, dtype: torch.dtype, what: str) -> Tensor:
+        """A buffer of ``numel`` elements with undefined content."""
+        free = self._free.get((numel, dtype))
+        if free:
+            return free.pop()
+        nbytes = numel * dtype.itemsize
+        if not self._tier.room(nbytes):
+            self.clear()
+        self._tier.take(nbytes, what)
+        with torch.inference_mode(False):
+            return torch.empty(numel, dtype=dtype, device=self._tier.device)
+
+    def put(self, buffer: Tensor) -> None:
+        """Takes back a buffer that nobody uses any more."""
+        self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
+
+    def clear(self) -> None:
+        """Frees the buffers that wait for their next use."""
+        for buffers in self._free.values():
+            for buffer in buffers:
+                self._tier.give(buffer.nbytes)
+        self._free.clear()
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that this process could still use on ``device``, with what it holds already; ``None`` if unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None

@@ -1,0 +1,192 @@
+"""``shard(model)``: checks what it is given, plans the layout and moves the model into chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import zip_longest
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_gemini.core import construct
+from lightning_gemini.core.chunk import Home
+from lightning_gemini.core.collectives import Collectives
+from lightning_gemini.core.dtypes import DtypePolicy
+from lightning_gemini.core.elementwise import require_elementwise
+from lightning_gemini.core.engine import Engine
+from lightning_gemini.core.errors import ConfigurationError, DisagreementError
+from lightning_gemini.core.layout import Layout, ParamSpec, plan_layout
+from lightning_gemini.core.memory import Tier
+from lightning_gemini.core.schedule import choose_homes
+from lightning_gemini.core.store import Store
+from lightning_gemini.core.units import find_units
+
+Placement = Literal["auto", "device", "host"]
+
+#: fp32 exp_avg and exp_avg_sq: what most people's optimizer keeps. The real size shows after the first step.
+_STATE_BYTES = 8
+
+
+def shard(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer] = (),
+    *,
+    group: dist.ProcessGroup | None = None,
+    reduce_group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+    placement: Placement = "auto",
+    device_memory: int | None = None,
+    host_memory: int | None = None,
+    chunk_size: int | Literal["auto"] = "auto",
+    unit_modules: Collection[str | type] = (),
+    policy: DtypePolicy = DtypePolicy(),  # noqa: B008, it is frozen
+    unbuilt: Collection[nn.Parameter] = (),
+    home: Home | None = None,
+) -> Engine:
+    """Moves ``model`` into chunks that are shared by the ranks of ``group``.
+
+    The model keeps its modules and its ``nn.Parameter`` objects. From then on ``model(x)``, ``loss.backward()``,
+    ``optimizer.step()`` and ``optimizer.zero_grad()`` work as before.
+
+    Args:
+        model: built, or on the ``meta`` device, and then initialised here (see :func:`construct.initialise`).
+        optimizers: over parameters of the model. A trainable parameter of none of them gets no gradient.
+        group: the ranks; ``None`` for one process alone.
+        reduce_group: the same ranks in a second group, for reductions (see ``collectives``).
+        device: where units compute.
+        placement: ``"device"`` keeps everything there, ``"host"`` keeps shards and optimizer states in host memory,
+            ``"auto"`` does the first if it fits, else the second.
+        device_memory: bytes that chunks may use on the device, ``None`` for no bound. On the CPU it is emulated.
+        host_memory: bytes that chunks may use in host memory, ``None`` for no bound.
+        chunk_size: elements in a chunk, or ``"auto"``.
+        unit_modules: modules that are made usable as a whole (see :func:`units.find_units`).
+        policy: the dtypes.
+        unbuilt: parameters that :func:`construct.leave_meta` was called for already.
+        home: where every chunk's shard lives, instead of what ``placement`` makes of it.
+
+    Raises:
+        ConfigurationError: what is given cannot work; the model is as it was.
+        OutOfBudgetError: it does not fit; the model is as it was.
+        DisagreementError: the ranks have different models or settings.
+    """
+    device = torch.device(device)
+    collectives = Collectives(group, reduce_group)
+    params = list(dict.fromkeys(model.parameters()))
+    index_of = {param: index for index, param in enumerate(params)}
+    specs = specify(model, optimizers, policy)
+    units = find_units(model, index_of, unit_modules)
+    for number, optimizer in enumerate(optimizers):
+        require_elementwise(optimizer, f"optimizer {number}", device)
+    layout = plan_layout(specs, collectives.world_size, chunk_size)
+    _require_agreement(layout, collectives)
+
+    limits = collectives.gather_objects((device_memory, host_memory))
+    tiers = (
+        Tier("device", device, min((d for d, _ in limits if d is not None), default=None)),
+        Tier("host", torch.device("cpu"), min((h for _, h in limits if h is not None), default=None)),
+    )
+    dtypes = [param.dtype for param in params]
+    masters = _masters(layout, dtypes, policy)
+    if home is None:
+        homes = choose_homes(layout, tiers[0], placement, _update_bytes(layout, masters))
+    else:
+        homes = [home] * len(layout.chunks)
+    missing = {*unbuilt, *construct.leave_meta(model, device)}
+    values = {index: param.data for param, index in index_of.items() if param not in missing}
+    try:
+        store = Store(layout, params, homes, masters, collectives, *tiers)
+    except BaseException:
+        for index, value in values.items():
+            params[index].data = value
+        raise
+    construct.fill(store, values)
+    construct.initialise(model, store, index_of, missing)
+    construct.place_buffers(model, store)
+    return Engine(model, params, dtypes, store, optimizers, units, policy)
+
+
+def specify(model: nn.Module, optimizers: Sequence[Optimizer], policy: DtypePolicy) -> list[ParamSpec]:
+    """What the layout has to know of the model's parameters, each once, in definition order.
+
+    Raises:
+        ConfigurationError: the parameters and the optimizers do not go together.
+    """
+    names = {param: name for name, param in model.named_parameters()}
+    if not names:
+        raise ConfigurationError(f"{type(model).__name__} has no parameters: there is nothing to shard.")
+    if optimizers and not any(param.requires_grad for param in names):
+        raise ConfigurationError(
+            f"no parameter of {type(model).__name__} is trainable (requires_grad is False for all {len(names)}). "
+            "Unfreeze what should be trained before configure_optimizers is called."
+        )
+    owner: dict[nn.Parameter, tuple[int, int]] = {}
+    for number, optimizer in enumerate(optimizers):
+        for group, settings in enumerate(optimizer.param_groups):
+            for param in settings["params"]:
+                if param not in names:
+                    raise ConfigurationError(
+                        f"optimizer {number} ({type(optimizer).__name__}), parameter group {group}, has a tensor of "
+                        f"shape {tuple(param.shape)} that is no parameter of the model. Build the optimizer from "
+                        "self.parameters(), in configure_optimizers, and register every tensor that it should train."
+                    )
+                if param in owner:
+                    raise ConfigurationError(
+                        f"{names[param]} is in optimizer {owner[param][0]} and in optimizer {number}; a parameter can "
+                        "be updated by one of them only."
+                    )
+                owner[param] = (number, group)
+    whole = _keep_dtype(model) if policy.master else set()
+    return [
+        ParamSpec(
+            name,
+            tuple(param.shape),
+            # a view of a larger tensor, say, is laid out anew; channels-last is kept
+            tuple(torch.empty_like(param, device="meta").stride()),
+            param.dtype if param in whole else policy.compute_dtype(param.dtype),
+            param.requires_grad,
+            *(owner.get(param, (None, None)) if param.requires_grad else (None, None)),
+        )
+        for param, name in names.items()
+    ]
+
+
+def _keep_dtype(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of batch norms: their buffers stay in fp32, and the kernels want one dtype for both."""
+    norms = (m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase))
+    return {param for norm in norms for param in norm.parameters(recurse=False)}
+
+
+def _masters(layout: Layout, dtypes: Sequence[torch.dtype], policy: DtypePolicy) -> set[int]:
+    """Chunks with a master: what an optimizer updates at low precision, and what would lose bits without one."""
+    return {
+        chunk.index
+        for chunk in layout.chunks
+        if policy.needs_master(chunk.kind.dtype)
+        and (chunk.kind.updated or any(dtypes[s.param].itemsize > chunk.kind.dtype.itemsize for s in chunk.slots))
+    }
+
+
+def _update_bytes(layout: Layout, masters: Collection[int]) -> int:
+    """Bytes of gradients, masters and optimizer states on one rank."""
+    total = 0
+    for chunk in layout.chunks:
+        if chunk.kind.updated:
+            per_element = chunk.kind.dtype.itemsize + _STATE_BYTES + (4 if chunk.index in masters else 0)
+            total += chunk.numel // layout.world_size * per_element
+    return total
+
+
+def _require_agreement(layout: Layout, collectives: Collectives) -> None:
+    if len(set(collectives.gather_objects(layout.fingerprint))) == 1:
+        return
+    mine = [f"{p.name}: {p.shape} {p.dtype}, trainable={p.trainable}" for p in layout.params]
+    theirs = collectives.broadcast_object(mine)
+    pairs = enumerate(zip_longest(mine, theirs, fillvalue="nothing"))
+    first = next((f"parameter {i} is {a!r} here and {b!r} on rank 0" for i, (a, b) in pairs if a != b), None)
+    raise DisagreementError(
+        f"the ranks have different models: {first or 'another rank differs from rank 0'}. Build the same model, with "
+        "the same settings and optimizers, on every rank."
+    )

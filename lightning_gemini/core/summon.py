@@ -1,0 +1,60 @@
+"""Whole parameters outside a step: for a moment, or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gemini.core.store import Store
+
+
+class Summoner:
+    """Gathers whole parameters out of the chunks, at the precision the optimizer has them in.
+
+    Args:
+        store: the chunks.
+        params: the parameters by index.
+        dtypes: the dtypes the parameters had before they were laid out, which summoned ones have again.
+    """
+
+    def __init__(self, store: Store, params: Sequence[nn.Parameter], dtypes: Sequence[torch.dtype]) -> None:
+        self._store = store
+        self._params = params
+        self._dtypes = dtypes
+
+    def values(
+        self, wanted: Collection[int], device: torch.device, everywhere: bool = True
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yields the index and a copy on ``device`` of each wanted parameter, one chunk in memory at a time.
+
+        All ranks have to iterate to the end.
+
+        Args:
+            everywhere: whether ranks other than 0 want the values; if not, they take part and yield nothing.
+        """
+        layout = self._store.layout
+        mine = everywhere or self._store.collectives.rank == 0
+        for spec in layout.chunks:
+            slots = [slot for slot in spec.slots if slot.param in wanted]
+            if not slots:
+                continue
+            flat = self._store.read(spec.index)
+            for slot in slots if mine else ():
+                info = layout.params[slot.param]
+                value = flat.as_strided(info.shape, info.stride, slot.offset)
+                # a copy: a view would keep the whole chunk alive, and be saved with it
+                out = torch.empty_strided(info.shape, info.stride, dtype=self._dtypes[slot.param], device=device)
+                yield slot.param, out.copy_(value)
+
+    def bind(self, wanted: Collection[int], device: torch.device, everywhere: bool = True) -> None:
+        """Gives parameters their whole values as ordinary tensors; they are no views of their chunks any more."""
+        for index, value in self.values(wanted, device, everywhere):
+            self._params[index].data = value
+
+    def write_back(self, wanted: Collection[int]) -> None:
+        """Stores what the parameters hold now; rank 0's values, where ranks differ."""
+        for index in sorted(wanted):
+            value = self._params[index].detach().to(self._store.device.device).contiguous()
+            self._store.write(index, self._store.collectives.broadcast(value))

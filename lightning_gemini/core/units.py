@@ -1,0 +1,83 @@
+"""Units: the modules whose parameters become usable together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_gemini.core.errors import ConfigurationError
+
+
+@dataclass(eq=False)
+class Unit:
+    """A module that is hooked, and the modules whose parameters it makes usable.
+
+    Attributes:
+        name: the module's full name, ``"model"`` for the root.
+        module: the module whose forward and backward are the unit's.
+        owners: the modules that own the unit's parameters: ``module``, and its submodules in a coarser unit.
+        params: indices of the parameters, in ``Layout.params``, each once.
+        compiled: whether ``torch.compile`` covers the module, so that nothing of ours may sit inside it.
+        active: how many forwards of the unit are running.
+    """
+
+    name: str
+    module: nn.Module
+    owners: tuple[nn.Module, ...]
+    params: tuple[int, ...]
+    compiled: bool = False
+    active: int = 0
+
+
+def find_units(root: nn.Module, index_of: dict[nn.Parameter, int], coarse: Collection[str | type] = ()) -> list[Unit]:
+    """The root, each module that owns parameters, and, where a module is in ``coarse`` or compiled, the whole of it.
+
+    Args:
+        root: the model.
+        index_of: the managed parameters and their indices.
+        coarse: module classes, their names with or without the package, or full names of modules in ``root``.
+
+    Raises:
+        ConfigurationError: an entry of ``coarse`` matches no module.
+    """
+    for entry in coarse:
+        if not any(_matches(entry, module, name) for name, module in root.named_modules()):
+            known = sorted({type(module).__name__ for module in root.modules()})
+            raise ConfigurationError(
+                f"unit_modules names {entry!r}, which is no module of this model. It takes classes, class names or "
+                f"full module names; the classes here are {', '.join(known)}."
+            )
+    units: list[Unit] = []
+    seen: set[nn.Module] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if module in seen:
+            return
+        compiled = is_compiled(module)
+        whole = compiled or any(_matches(entry, module, name) for entry in coarse)
+        members = [m for m in module.modules() if m not in seen] if whole else [module]
+        seen.update(members)
+        owners = tuple(m for m in members if any(p is not None for p in m._parameters.values()))
+        params = dict.fromkeys(index_of[p] for m in owners for p in m._parameters.values() if p is not None)
+        if params or not name:
+            units.append(Unit(name or "model", module, owners, tuple(params), compiled))
+        if not whole:
+            for child_name, child in module.named_children():
+                visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(root, "")
+    return units
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` or ``module.compile()`` was applied to this very module."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _matches(entry: str | type, module: nn.Module, name: str) -> bool:
+    if isinstance(entry, type):
+        return isinstance(module, entry)
+    cls = type(module)
+    return bool(entry) and entry in (name, cls.__name__, f"{cls.__module__}.{cls.__qualname__}")

@@ -1,0 +1,204 @@
+"""Runs the user's optimizer over the chunks.
+
+NOTE: one step, many chunks.
+The optimizer keeps the model's own parameters in its groups, so that schedulers, ``toggle_optimizer`` and the user find
+what they expect. Only during ``step()`` are they exchanged for the flat segments of one chunk at a time. For all chunks
+but the last the rule is called directly, with the groups' settings put back afterwards; the last one is left to the
+call that the user made. So counters in a group advance once, and hooks and schedulers see one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_gemini.core.chunk import Home
+from lightning_gemini.core.collectives import Pending
+from lightning_gemini.core.elementwise import unhooked_step
+from lightning_gemini.core.errors import StateError
+from lightning_gemini.core.gradients import ChunkGradient, Gradients
+from lightning_gemini.core.schedule import Schedule
+from lightning_gemini.core.segments import Segment, SegmentedShard
+from lightning_gemini.core.store import Store
+from lightning_gemini.optim.masters import round_to_compute
+
+
+class ChunkUpdate:
+    """One chunk as its optimizer sees it: the master, or the shard itself, in segments."""
+
+    def __init__(self, store: Store, gradient: ChunkGradient) -> None:
+        chunk = gradient.chunk
+        self.chunk = chunk
+        self.gradient = gradient
+        self.master = master = store.masters.get(chunk.index)
+        self.spans = [store.owned(chunk.index, slot.offset, slot.end) for slot in chunk.spec.slots]
+        self._tier = store.host if chunk.home is Home.HOST else store.device
+        self._state_bytes = 0
+        self.target = chunk.shard if master is None else master
+        self.shard = SegmentedShard(self.target, self.spans)
+
+    def begin(self, optimizer: Optimizer) -> list[Segment]:
+        """Hands the gradients and the state of what is to be updated to the optimizer."""
+        segments = self.shard.select(self.gradient.used)
+        grad = self.gradient.shard
+        if grad is None:
+            return []
+        for segment in segments:
+            segment.flat.grad = grad[segment.start : segment.stop].to(self.target.dtype)
+            if segment.state:
+                optimizer.state[segment.flat] = segment.state
+        return segments
+
+    def end(self, optimizer: Optimizer, segments: Sequence[Segment]) -> None:
+        """Takes the state back and brings what has changed into the shard."""
+        fresh = any(not segment.state for segment in segments)
+        for segment in segments:
+            segment.flat.grad = None
+            segment.state = optimizer.state.pop(segment.flat, {})
+            if self.master is not None:
+                part = self.chunk.shard[segment.start : segment.stop]
+                round_to_compute(self.master[segment.start : segment.stop], part)
+        if fresh:
+            self.count_state()
+
+    def count_state(self) -> None:
+        """Counts the optimizer's state on the tier where it lives, after it has been made or replaced."""
+        states = [value for segment in self.shard.segments for value in segment.state.values()]
+        nbytes = sum(value.nbytes for value in states if isinstance(value, Tensor))
+        self._tier.give(self._state_bytes)
+        self._state_bytes = 0
+        self._tier.take(nbytes, f"the optimizer state of chunk {self.chunk.index}")
+        self._state_bytes = nbytes
+
+
+class OptimizerOnChunks:
+    """Makes ``optimizer.step()`` and ``optimizer.zero_grad()`` work on chunks.
+
+    Args:
+        optimizer: the user's; it is hooked, not replaced.
+        updates: its chunks, in the order in which the forward needs them.
+        prepare: called before anything is updated; agrees with the other ranks, may raise.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        updates: Sequence[ChunkUpdate],
+        store: Store,
+        schedule: Schedule,
+        gradients: Gradients,
+        prepare: Callable[[list[ChunkGradient]], None],
+    ) -> None:
+        self.optimizer = optimizer
+        self.updates = list(updates)
+        self._store = store
+        self._schedule = schedule
+        self._gradients = gradients
+        self._prepare = prepare
+        self._params: list[list[nn.Parameter]] = []
+        self._last: tuple[ChunkUpdate, list[Segment]] | None = None
+        self._refreshing: list[Pending] = []
+        self._n_groups = len(optimizer.param_groups)
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
+
+    @property
+    def gradients(self) -> list[ChunkGradient]:
+        return [update.gradient for update in self.updates]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients of this optimizer's parameters."""
+        self._gradients.discard(self.gradients)
+
+    def remove(self) -> None:
+        """Makes the optimizer an ordinary one again, without state."""
+        self.restore()
+        for update in self.updates:
+            update.shard.segments.clear()
+            update.count_state()
+        for handle in self._handles:
+            handle.remove()
+        self.optimizer.__dict__.pop("zero_grad", None)
+
+    def restore(self) -> None:
+        """Puts the model's parameters back into the groups, after a step that ended in an exception too."""
+        for group, params in zip(self.optimizer.param_groups, self._params, strict=False):
+            group["params"] = params
+        self._params = []
+        self._last = None
+        self._refreshing.clear()
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = self._run_closure(args, kwargs)
+        if len(self.optimizer.param_groups) != self._n_groups:
+            raise StateError(
+                f"the optimizer had {self._n_groups} parameter groups when the chunks were laid out and has "
+                f"{len(self.optimizer.param_groups)} now. Add all groups in configure_optimizers."
+            )
+        self._prepare(self.gradients)
+        self._params = [group["params"] for group in self.optimizer.param_groups]
+        try:
+            active = [u for u in self.updates if u.gradient.shard is not None and any(u.gradient.used)]
+            for update in active[:-1]:
+                settings = [dict(group) for group in self.optimizer.param_groups]
+                segments = self._offer(update)
+                if segments:
+                    unhooked_step(self.optimizer)(self.optimizer)
+                for group, before in zip(self.optimizer.param_groups, settings, strict=True):
+                    group.clear()
+                    group.update(before)
+                self._finish(update, segments)
+            if active:
+                self._last = (active[-1], self._offer(active[-1]))
+            else:
+                self._offer(None)
+        except BaseException:
+            self.restore()
+            raise
+        return args, kwargs
+
+    def _after_step(self, *_: Any) -> None:
+        if self._last is not None:
+            self._finish(*self._last)
+        for pending in self._refreshing:
+            pending.wait()
+        self.restore()
+        self._gradients.discard(self.gradients)
+
+    def _run_closure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Calls the closure now, so that its gradients are there, and leaves its result in its place."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            return args, kwargs
+        with torch.enable_grad():
+            loss = closure()
+        if len(args) > 1:
+            return (args[0], lambda: loss, *args[2:]), kwargs
+        return args, {**kwargs, "closure": lambda: loss}
+
+    def _offer(self, update: ChunkUpdate | None) -> list[Segment]:
+        segments = update.begin(self.optimizer) if update is not None else []
+        for index, group in enumerate(self.optimizer.param_groups):
+            mine = update is not None and update.chunk.spec.kind.group == index
+            group["params"] = [segment.flat for segment in segments] if mine else []
+        return segments
+
+    def _finish(self, update: ChunkUpdate, segments: list[Segment]) -> None:
+        update.end(self.optimizer, segments)
+        chunk = update.chunk
+        used = [param for param, flag in zip(chunk.params, update.gradient.used, strict=True) if flag]
+        increment_version(used)  # so that autograd notices a backward through weights that are gone
+        self._store.counters.updates += 1
+        if chunk.home is Home.FULL:
+            self._refreshing.append(self._store.refresh(chunk))
+        else:
+            self._schedule.drop(chunk)

@@ -1,0 +1,1 @@
+"""Update rules and master weights as pure tensor functions: the lowest room."""
