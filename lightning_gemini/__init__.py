@@ -1,1 +1,15 @@
-"""Train models larger than the GPU with the Lightning code you already have."""
+"""Train models larger than the GPU with the Lightning code you already have.
+
+Importing this package registers the strategies ``gemini``, ``gemini_device`` and ``gemini_host``.
+"""
+
+try:
+    from lightning_gemini.precision import GeminiPrecision
+    from lightning_gemini.strategy import GeminiStrategy
+except ModuleNotFoundError as error:
+    # the engine in lightning_gemini.core works without Lightning
+    if error.name is None or error.name.partition(".")[0] not in ("lightning", "lightning_utilities"):
+        raise
+    __all__ = []
+else:
+    __all__ = ["GeminiPrecision", "GeminiStrategy"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,13 +23,18 @@ def leave_meta(root: nn.Module, device: torch.device) -> set[nn.Parameter]:
     Returns:
         the parameters that were on ``meta`` and have no values yet.
     """
-    unbuilt = set()
-    for param in dict.fromkeys(root.parameters()):
-        if param.is_meta:
-            empty = nn.Parameter(placeholder(param.shape, param.dtype, device), requires_grad=param.requires_grad)
-            empty.__dict__.update(param.__dict__)
-            torch.utils.swap_tensors(param, empty)
-            unbuilt.add(param)
+    unbuilt = {param for param in root.parameters() if param.is_meta}
+    recurrent = [
+        m for m in root.modules() if isinstance(m, nn.RNNBase) and unbuilt.intersection(m._parameters.values())
+    ]
+    for module in recurrent:
+        module._flat_weight_refs = []  # nobody may hold a weak reference to a tensor that is swapped
+    for param in unbuilt:
+        empty = nn.Parameter(placeholder(param.shape, param.dtype, device), requires_grad=param.requires_grad)
+        empty.__dict__.update(param.__dict__)
+        torch.utils.swap_tensors(param, empty)
+    for module in recurrent:
+        module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
     return unbuilt
 
 
@@ -42,17 +48,12 @@ def fill(store: Store, values: dict[int, Tensor]) -> None:
         _write(store, index, values.pop(index))
 
 
-def place_buffers(root: nn.Module, store: Store) -> None:
-    """Moves buffers to the device and gives them rank 0's values; buffers are not sharded."""
+def place_buffers(root: nn.Module, device: torch.device) -> None:
+    """Moves buffers to the device; they are not sharded."""
     for module in root.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
-                moved = buffer.to(store.device.device)
-                module._buffers[key] = moved
-                if not moved.is_contiguous():
-                    moved.copy_(store.collectives.broadcast(moved.contiguous()))
-                else:
-                    store.collectives.broadcast(moved)
+                module._buffers[key] = buffer.to(device)
 
 
 def initialise(root: nn.Module, store: Store, index_of: Mapping[nn.Parameter, int], unbuilt: set[nn.Parameter]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 from typing import Any
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_gemini.core import optimizer_state
 from lightning_gemini.core.access import SavedTensors, manage, unmanage
+from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError, DisagreementError, StateError
 from lightning_gemini.core.gradients import ChunkGradient, Gradients
 from lightning_gemini.core.hooks import Hooks
 from lightning_gemini.core.layout import Layout
+from lightning_gemini.core.report import memory_report
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Counters, Store
 from lightning_gemini.core.summon import Summoner
@@ -61,6 +64,8 @@ class Engine:
         self._schedule = Schedule(store)
         self._gradients = Gradients(store, policy)
         self._summoner = Summoner(store, params, dtypes)
+        self._buffers = Buffers(model, store.collectives)
+        self._buffers.sync_all()
         self.units = list(units)
         self._uses = Uses(store, self._schedule, self.units)
         self._saved = SavedTensors(store.chunks, self._uses.unpack)
@@ -82,6 +87,8 @@ class Engine:
         self._hooks = Hooks(self, self.units if self._schedule.moving else (), trained)
         for unit in self.units:
             manage(unit, self._read)
+        for chunks in self.optimizers:
+            self._adopt_state(chunks)
 
     @property
     def counters(self) -> Counters:
@@ -153,7 +160,9 @@ class Engine:
         Returns:
             an fp32 scalar on the device.
         """
-        return self._gradients.norm(self._gradients_of(optimizer), norm_type)
+        gradients = self._gradients_of(optimizer)
+        self._gradients.agree(gradients, [])
+        return self._gradients.norm(gradients, norm_type)
 
     def clip_grad_norm(self, optimizer: Optimizer | None, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales the gradients so that their norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does.
@@ -169,8 +178,10 @@ class Engine:
         return norm
 
     def clip_grad_value(self, optimizer: Optimizer | None, clip_value: float) -> None:
-        """Clamps each element of the gradients to ``[-clip_value, clip_value]``."""
-        for gradient in self._gradients_of(optimizer):
+        """Clamps each element of the gradients to ``[-clip_value, clip_value]``; all ranks have to call."""
+        gradients = self._gradients_of(optimizer)
+        self._gradients.agree(gradients, [])
+        for gradient in gradients:
             if gradient.shard is not None:
                 gradient.shard.clamp_(-clip_value, clip_value)
 
@@ -204,6 +215,10 @@ class Engine:
                 chunk.rebind()
             self._phase = Phase.LIVE
 
+    def memory_report(self) -> str:
+        """This rank's bytes per tier, now and at the peak, and what has been moved."""
+        return memory_report(self.store, self.moving)
+
     def release(self, keep_weights: bool = True) -> None:
         """Makes the model an ordinary module again, and the optimizers ordinary ones without state.
 
@@ -227,6 +242,22 @@ class Engine:
         self._gradients.release()
         self.store.release()
         self._phase = Phase.RELEASED
+
+    def sync_buffers(self) -> None:
+        """Gives all ranks rank 0's buffers, before an evaluation; every rank has to call."""
+        self._buffers.sync_all()
+
+    def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's whole state by parameter, in torch's own format, on rank 0; every rank has to call."""
+        return optimizer_state.gather_state_dict(self._on_chunks(optimizer), self.store, self._index_of)
+
+    def load_optimizer_state_dict(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Loads a whole state in torch's own format, which every rank has.
+
+        Raises:
+            ConfigurationError: it belongs to another optimizer; nothing is changed.
+        """
+        optimizer_state.load_state_dict(self._on_chunks(optimizer), self.store, self._index_of, state)
 
     def check_model(self) -> None:
         """Raises ConfigurationError if the model has other parameters than when it was laid out."""
@@ -290,18 +321,33 @@ class Engine:
             self.store.tags.settle()
         except DisagreementError as error:
             failure = error
-        failed = self._gradients.agree(gradients, failure is not None)
+        failed, *changed = self._gradients.agree(gradients, [failure is not None, *self._buffers.changed()])
         if failure is not None:
             raise failure
         if failed:
             raise DisagreementError("another rank could not take this step; no rank did, and the weights are unchanged")
+        if any(changed):
+            self._buffers.sync(changed)
+
+    def _adopt_state(self, chunks: OptimizerOnChunks) -> None:
+        """Some optimizers, such as Adagrad, make their state in the constructor."""
+        state = chunks.optimizer.state
+        if state:
+            optimizer_state.load_states(chunks, self.store, self._by_index(state))
+            state.clear()
+
+    def _by_index(self, state: Mapping[Any, Any]) -> dict[int, dict[str, Any]]:
+        return {self._index_of[param]: dict(values) for param, values in state.items()}
 
     def _gradients_of(self, optimizer: Optimizer | None) -> list[ChunkGradient]:
         if optimizer is None:
             return list(self._gradients.chunks.values())
+        return self._on_chunks(optimizer).gradients
+
+    def _on_chunks(self, optimizer: Optimizer) -> OptimizerOnChunks:
         for known in self.optimizers:
             if known.optimizer is optimizer:
-                return known.gradients
+                return known
         raise ConfigurationError(f"this {type(optimizer).__name__} is none of the optimizers that were laid out")
 
     def _require_live(self, action: str) -> None:

@@ -193,21 +193,21 @@ class Gradients:
                 self._settle()
             gradient.end_backward()
 
-    def agree(self, chunks: list[ChunkGradient], failed: bool) -> bool:
+    def agree(self, chunks: list[ChunkGradient], flags: list[bool]) -> list[bool]:
         """Makes ``used`` of ``chunks`` the same on all ranks and reduces late gradients; before every step.
 
         Args:
-            failed: this rank cannot take the step.
+            flags: more things to agree on.
 
         Returns:
-            whether any rank cannot.
+            for each flag whether any rank has set it.
         """
         if self._collectives.world_size == 1:
-            return failed
+            return flags
         late = [gradient.state is GradientState.FILLING for gradient in chunks]
-        marks = [float(flag) for flags in ([failed], late, *(g.used for g in chunks)) for flag in flags]
+        marks = [float(mark) for group in (flags, late, *(g.used for g in chunks)) for mark in group]
         votes = self._collectives.sum(torch.tensor(marks, device=self._store.device.device)).bool().tolist()
-        for gradient, somewhere in zip(chunks, votes[1:], strict=False):
+        for gradient, somewhere in zip(chunks, votes[len(flags) :], strict=False):
             if somewhere:
                 if gradient.state is GradientState.EMPTY:
                     self._open(gradient)
@@ -215,12 +215,12 @@ class Gradients:
                 self._reduce(gradient)
                 gradient.reduced = False  # in the next backward
         self._settle()
-        start = 1 + len(chunks)
+        start = len(flags) + len(chunks)
         for gradient in chunks:
             gradient.used = votes[start : start + len(gradient.used)]
             start += len(gradient.used)
         self._learn_order()
-        return bool(votes[0])
+        return votes[: len(flags)]
 
     def norm(self, chunks: list[ChunkGradient], norm_type: float = 2.0) -> Tensor:
         """The norm over all ranks and all parameters of ``chunks``; a scalar on the device, fp32."""

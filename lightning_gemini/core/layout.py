@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -164,31 +165,29 @@ class Layout:
         return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
 
     def __str__(self) -> str:
-        rows = [("chunk", "kind", "parameters", "elements", "used", "MiB/rank")]
-        for chunk in self.chunks:
-            per_rank = chunk.nbytes / self.world_size / 2**20
-            used = f"{chunk.used / chunk.numel:.1%}"
+        """A table with a line for each run of like chunks, and the totals."""
+        rows = [("chunks", "kind", "parameters", "elements", "used", "MiB/rank")]
+        for _, run in groupby(self.chunks, key=lambda chunk: (chunk.kind, chunk.numel)):
+            alike = list(run)
+            numel = sum(chunk.numel for chunk in alike)
             rows.append(
                 (
-                    str(chunk.index),
-                    str(chunk.kind),
-                    str(len(chunk.slots)),
-                    f"{chunk.numel:,}",
-                    used,
-                    f"{per_rank:.2f}",
+                    str(alike[0].index) if len(alike) == 1 else f"{alike[0].index}-{alike[-1].index}",
+                    str(alike[0].kind),
+                    str(sum(len(chunk.slots) for chunk in alike)),
+                    f"{alike[0].numel:,}" if len(alike) == 1 else f"{len(alike)} x {alike[0].numel:,}",
+                    f"{sum(chunk.used for chunk in alike) / numel:.1%}",
+                    f"{sum(chunk.nbytes for chunk in alike) / self.world_size / 2**20:.2f}",
                 )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        aligned = ["{:>{}}", "{:<{}}", *["{:>{}}"] * 4]
-        lines = [
-            "  ".join(form.format(cell, width) for form, cell, width in zip(aligned, row, widths, strict=True))
-            for row in rows
-        ]
-        lines.append(
+        forms = ["{:<{}}", "{:<{}}", *["{:>{}}"] * 4]
+        lines = ["  ".join(f.format(cell, w) for f, cell, w in zip(forms, row, widths, strict=True)) for row in rows]
+        total = (
             f"{len(self.params)} parameters in {len(self.chunks)} chunks of up to {self.chunk_numel:,} elements, "
-            f"{self.nbytes / 2**20:.2f} MiB over {self.world_size} rank(s), waste {self.waste:.1%}"
+            f"{self.nbytes / 2**20:.2f} MiB over {self.world_size} rank(s), {self.waste:.1%} of it unused"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, total])
 
 
 def plan_layout(

@@ -104,7 +104,7 @@ def shard(
         raise
     construct.fill(store, values)
     construct.initialise(model, store, index_of, missing)
-    construct.place_buffers(model, store)
+    construct.place_buffers(model, device)
     return Engine(model, params, dtypes, store, optimizers, units, policy)
 
 

@@ -1,0 +1,407 @@
+"""``Trainer(strategy="gemini")``: Lightning's side of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.distributed import (
+    ReduceOp,
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_gemini.core import ConfigurationError, Engine, shard
+from lightning_gemini.core.construct import leave_meta
+from lightning_gemini.core.memory import available_bytes, parse_bytes
+from lightning_gemini.precision import GeminiPrecision
+
+Placement = Literal["auto", "device", "host", "cuda", "cpu"]
+StartMethod = Literal["auto", "popen", "spawn", "fork", "forkserver"]
+
+_PLACEMENTS = {"auto": "auto", "device": "device", "cuda": "device", "host": "host", "cpu": "host"}
+
+#: The share of the free device memory that chunks may use unless device_memory says otherwise; the rest is for
+#: activations.
+_AUTO_SHARE = 0.5
+
+
+class GeminiStrategy(ParallelStrategy):
+    """Trains models that do not fit one device: parameters, gradients and optimizer states in sharded chunks.
+
+    Needs no change to the LightningModule. See ``docs/design.md`` for how it works.
+
+    Args:
+        placement: Where parameters and optimizer states live between uses. "device" (or "cuda") keeps them there,
+            "host" (or "cpu") keeps them in host memory and brings to the device what is being computed, "auto" does
+            the first if it fits, else the second.
+        device_memory: Bytes that chunks may use on each device: a number, a text such as "20GiB", or "auto" for half of
+            what is free. On the CPU accelerator a number emulates a device of that size, and "auto" sets no bound.
+        host_memory: Bytes that chunks may use in host memory, for each process, in the same forms; "auto" for an equal
+            share of what is free.
+        chunk_size: Elements in a chunk; "auto" searches for the size that wastes the least.
+        unit_modules: Classes of modules (by name) whose parameters become usable together; by default each module that
+            owns parameters is on its own. Name a module that contains rank-dependent control flow.
+        process_group_backend: Backend of torch.distributed; by default nccl for CUDA and gloo for the CPU.
+        timeout_seconds: Seconds after which a collective that not all ranks have reached fails.
+        start_method: How processes are started where no launcher did: "popen" runs the script again, "spawn", "fork" and
+            "forkserver" use multiprocessing; "auto" is fork in a notebook and popen elsewhere.
+        accelerator: Set by the Trainer.
+        parallel_devices: Set by the Trainer.
+        cluster_environment: How ranks find each other; by default found from the environment (torchrun, SLURM, ...).
+        checkpoint_io: How checkpoints are written and read.
+        precision_plugin: A GeminiPrecision; usually made from Trainer(precision=...).
+
+    Raises:
+        ConfigurationError: A setting cannot work.
+    """
+
+    strategy_name = "gemini"
+
+    def __init__(
+        self,
+        placement: Placement = "auto",
+        device_memory: int | float | str = "auto",
+        host_memory: int | float | str = "auto",
+        chunk_size: int | Literal["auto"] = "auto",
+        unit_modules: list[str] | None = None,
+        process_group_backend: str | None = None,
+        timeout_seconds: float = 1800.0,
+        start_method: StartMethod = "auto",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        if placement not in _PLACEMENTS:
+            raise ConfigurationError(f"placement must be one of {', '.join(_PLACEMENTS)}, got {placement!r}.")
+        if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size > 0):
+            raise ConfigurationError(f"chunk_size must be 'auto' or a positive number of elements, got {chunk_size!r}.")
+        self._placement = _PLACEMENTS[placement]
+        self._device_memory = None if device_memory == "auto" else parse_bytes(device_memory, "device_memory")
+        self._host_memory = None if host_memory == "auto" else parse_bytes(host_memory, "host_memory")
+        self._chunk_size = chunk_size
+        self._unit_modules = tuple(unit_modules or ())
+        self._backend = process_group_backend
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._start_method = start_method if start_method != "auto" else "fork" if _IS_INTERACTIVE else "popen"
+        self.num_nodes = 1
+        self._engine: Engine | None = None
+        self._reduce_group: dist.ProcessGroup | None = None
+        self._failed = False
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the run under way.
+
+        Raises:
+            RuntimeError: there is none, before ``setup`` and after ``teardown``.
+        """
+        if self._engine is None:
+            raise RuntimeError("the engine exists only while the Trainer runs: from its setup to its teardown")
+        return self._engine
+
+    def memory_report(self) -> str:
+        """The chunks and the memory they take on this rank, in words."""
+        return f"{self.engine.layout}\n{self.engine.memory_report()}"
+
+    def summon_full_params(
+        self, module: nn.Module | None = None, writeback: bool = False
+    ) -> AbstractContextManager[None]:
+        """Gives parameters their whole values inside the block; every rank has to enter. See :meth:`Engine.summon`."""
+        return self.engine.summon(module, writeback)
+
+    def grad_norm(self, norm_type: float = 2.0) -> Tensor:
+        """The norm of all gradients that wait for the step; every rank has to call. See :meth:`Engine.grad_norm`."""
+        return self.engine.grad_norm(None, norm_type)
+
+    # Ranks, devices and processes
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def is_distributed(self) -> bool:
+        # without it Lightning would inject no DistributedSampler and ignore sync_dist
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+
+    @override
+    def _configure_launcher(self) -> None:
+        # also where processes are created externally: SLURM's settings are validated by the launcher
+        assert self.cluster_environment is not None
+        if self._start_method == "popen":
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)  # type: ignore[arg-type]
+
+    def set_world_ranks(self) -> None:
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        # the setters above are no-ops in some environments, the getter is right in all
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        self._backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
+        device_id = self.root_device if self.root_device.type != "cpu" else None
+        _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device_id)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if _distributed_is_initialized():
+            on_device = {"device_ids": [self.root_device.index]} if dist.get_backend() == "nccl" else {}
+            dist.barrier(**on_device)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    # Precision
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin if self._precision_plugin is not None else GeminiPrecision()
+
+    @precision_plugin.setter
+    @override
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        # Lightning makes a plugin of its own for strategies it does not know
+        self._precision_plugin = None if precision_plugin is None else GeminiPrecision.from_plugin(precision_plugin)
+
+    # The model
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        # not on the device, which may be smaller than the model; setup() initialises what is on meta
+        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def model_to_device(self) -> None:
+        pass  # the chunks are there already
+
+    @override
+    def setup(self, trainer: L.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        self._refuse_ignored_precision(trainer)
+        self._failed = False
+        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        unbuilt = leave_meta(self.model, self.root_device)
+        self._reset_optimizers_and_schedulers()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        device_memory, host_memory = self._budgets()
+        self._engine = shard(
+            self.model,
+            self.optimizers,
+            group=dist.group.WORLD if self.world_size > 1 else None,
+            reduce_group=self._reductions(),
+            device=self.root_device,
+            placement=self._placement,  # type: ignore[arg-type]
+            device_memory=device_memory,
+            host_memory=host_memory,
+            chunk_size=self._chunk_size,
+            unit_modules=self._unit_modules,
+            policy=self.precision_plugin.policy,
+            unbuilt=unbuilt,
+        )
+        self.precision_plugin.engine = self._engine
+        for wrapper, chunks in zip(self._lightning_optimizers, self._engine.optimizers, strict=True):
+            # the wrapper inherits from the optimizer's class, so it would find that class's own method
+            wrapper.zero_grad = chunks.zero_grad  # type: ignore[method-assign]
+
+    def _refuse_ignored_precision(self, trainer: L.Trainer) -> None:
+        asked = trainer._accelerator_connector._precision_flag
+        if asked not in ("32-true", self.precision_plugin.precision):
+            raise ConfigurationError(
+                f"Trainer(precision={asked!r}) and a precision plugin for {self.precision_plugin.precision!r} inside "
+                "GeminiStrategy contradict each other, and Lightning would ignore the first. Give one of them."
+            )
+
+    def _budgets(self) -> tuple[int | None, int | None]:
+        device, host = self._device_memory, self._host_memory
+        if device is None and self.root_device.type != "cpu":
+            free = available_bytes(self.root_device)
+            device = None if free is None else int(free * _AUTO_SHARE)
+        if host is None:
+            free = available_bytes(torch.device("cpu"))
+            host = None if free is None else free // max(self.num_processes, 1)
+        return device, host
+
+    def _reductions(self) -> dist.ProcessGroup | None:
+        if self.world_size > 1 and self._reduce_group is None:
+            self._reduce_group = dist.new_group(timeout=self._timeout)
+        return self._reduce_group
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed = True
+
+    @override
+    def teardown(self) -> None:
+        if self._engine is not None:
+            alone = self.world_size == 1
+            if self._failed and not alone:
+                rank_zero_warn(
+                    "the run ended in an exception: the weights stay in pieces on the ranks, and the model holds "
+                    "placeholders (NaN). Load a checkpoint to go on."
+                )
+            self._engine.release(keep_weights=alone or not self._failed)
+            self._engine = None
+        if isinstance(self._precision_plugin, GeminiPrecision):
+            self._precision_plugin.engine = None
+        super().teardown()
+
+    # Steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        assert self.lightning_module is not None
+        with self.precision_plugin.train_step_context(), self.engine.forward("training_step"):
+            return self.lightning_module.training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        assert self.lightning_module is not None
+        with self.precision_plugin.val_step_context(), self._evaluation("validation_step"):
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        assert self.lightning_module is not None
+        with self.precision_plugin.test_step_context(), self._evaluation("test_step"):
+            return self.lightning_module.test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        with self.precision_plugin.predict_step_context(), self._evaluation("predict_step"):
+            return self.lightning_module.predict_step(*args, **kwargs)
+
+    @contextmanager
+    def _evaluation(self, name: str) -> Iterator[None]:
+        # under NCCL Lightning evaluates in inference mode, and what is allocated there is of no use to a later step
+        with torch.inference_mode(False), torch.no_grad(), self.engine.forward(name):
+            yield
+
+    @override
+    def on_validation_start(self) -> None:
+        self.engine.sync_buffers()
+
+    @override
+    def on_test_start(self) -> None:
+        self.engine.sync_buffers()
+
+    @override
+    def on_predict_start(self) -> None:
+        self.engine.sync_buffers()
+
+    @override
+    def on_train_start(self) -> None:
+        self.engine.check_model()
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        with self.engine.backward():
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        with self.engine.accumulate():
+            yield
+
+    # Checkpoints: for now one ordinary Lightning file, written by rank 0
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        with self.engine.summon(rank0_only=True):
+            return self.lightning_module.state_dict() if self.is_global_zero else {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        return self.engine.optimizer_state_dict(optimizer)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        if self._engine is not None:
+            with self._engine.summon(writeback=True):
+                self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+            return
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            self.engine.load_optimizer_state_dict(optimizer, state)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for name, placement in (("gemini", "auto"), ("gemini_device", "device"), ("gemini_host", "host")):
+            description = f"chunks of sharded parameters, placement={placement!r}"
+            strategy_registry.register(name, cls, description, override=True, placement=placement)
+
+
+GeminiStrategy.register_strategies(StrategyRegistry)
