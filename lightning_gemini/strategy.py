@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -67,8 +67,8 @@ class GeminiStrategy(ParallelStrategy):
             owns parameters is on its own. Name a module that contains rank-dependent control flow.
         process_group_backend: Backend of torch.distributed; by default nccl for CUDA and gloo for the CPU.
         timeout_seconds: Seconds after which a collective that not all ranks have reached fails.
-        start_method: How processes are started where no launcher did: "popen" runs the script again, "spawn", "fork" and
-            "forkserver" use multiprocessing; "auto" is fork in a notebook and popen elsewhere.
+        start_method: How processes are started where no launcher did: "popen" runs the script again, "spawn", "fork"
+            and "forkserver" use multiprocessing; "auto" is fork in a notebook and popen elsewhere.
         accelerator: Set by the Trainer.
         parallel_devices: Set by the Trainer.
         cluster_environment: How ranks find each other; by default found from the environment (torchrun, SLURM, ...).
