@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -655,10 +654,10 @@ def adamw(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups(model) if groups else model.parameters(), lr=0.01, weight_decay=0.05, **settings)
 
 
-def train_plain(name: str, steps: int, ranks: int, make_optimizer: Any = adamw) -> tuple[list[float], nn.Module]:
-    """What ranks with averaged gradients compute, in one process: losses of rank 0's batches, and the model."""
+def train_plain(name: str, steps: int, ranks: int) -> tuple[list[float], nn.Module, torch.optim.Optimizer]:
+    """What ranks with averaged gradients compute, in one process: rank 0's losses, model, optimizer."""
     model = build(name)
-    optimizer = make_optimizer(name, model)
+    optimizer = adamw(name, model)
     losses = []
     for step in batches(name, steps, ranks):
         buffers = [b.clone() for b in model.buffers()]
@@ -679,8 +678,4 @@ def train_plain(name: str, steps: int, ranks: int, make_optimizer: Any = adamw) 
             buffer.data.copy_(value)
         optimizer.step()
         optimizer.zero_grad()
-    return losses, model
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model)
+    return losses, model, optimizer

@@ -15,6 +15,9 @@ from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.store import Store
 
 
+_GET_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 def leave_meta(root: nn.Module, device: torch.device) -> set[nn.Parameter]:
     """Turns parameters on ``meta`` into shape-only placeholders on ``device``, so that optimizers accept them.
 
@@ -71,8 +74,10 @@ def initialise(root: nn.Module, store: Store, index_of: Mapping[nn.Parameter, in
     buffers = dict(_leave_meta_buffers(root, device))
     with torch.inference_mode(False), torch.no_grad():
         with _MaterialiseOnTouch(store, {p: index_of[p] for p in unbuilt}) as touched:
-            _run_initialisers(root, unbuilt, set(buffers.values()))
+            _run_initialisers(root, unbuilt, set(buffers.values()), touched.seen)
             touched.flush()
+        for chunk in store.chunks:
+            chunk.rebind()
         missing = [store.layout.params[index_of[p]].name for p in unbuilt if p not in touched.seen]
         for index in sorted({store.layout.place(index_of[p])[0] for p in unbuilt}):
             flat, spec = store.read(index), store.layout.chunks[index]
@@ -88,7 +93,9 @@ def initialise(root: nn.Module, store: Store, index_of: Mapping[nn.Parameter, in
         )
 
 
-def _run_initialisers(module: nn.Module, unbuilt: set[nn.Parameter], buffers: set[Tensor]) -> None:
+def _run_initialisers(
+    module: nn.Module, unbuilt: set[nn.Parameter], buffers: set[Tensor], seen: set[nn.Parameter]
+) -> None:
     whole = getattr(module, "initialize_weights", None)
     if callable(whole) and hasattr(module, "_init_weights"):
         for part in (*module.modules(), *module.parameters()):
@@ -97,12 +104,16 @@ def _run_initialisers(module: nn.Module, unbuilt: set[nn.Parameter], buffers: se
         whole()
         return
     for child in module.children():
-        _run_initialisers(child, unbuilt, buffers)
+        _run_initialisers(child, unbuilt, buffers, seen)
     own = [*module._parameters.values(), *module._buffers.values()]
     if any(tensor is not None and (tensor in unbuilt or tensor in buffers) for tensor in own):
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if callable(reset):
+            # a tied parameter is its first owner's
+            tied = [(p, p.data.clone()) for p in module._parameters.values() if p is not None and p in seen]
             reset()
+            for param, value in tied:
+                param.data.copy_(value)
 
 
 class _MaterialiseOnTouch(TorchFunctionMode):
@@ -121,7 +132,9 @@ class _MaterialiseOnTouch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "__get__" or func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        name = getattr(func, "__name__", "")
+        looks_only = name == "__hash__" or (name == "__get__" and func != _GET_DATA)  # at shape, dtype, ...
+        if not looks_only:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, nn.Parameter) and value in self._index_of:
                     self._touch(value)

@@ -78,6 +78,7 @@ class Engine:
                 store,
                 self._schedule,
                 self._gradients,
+                self._notice_failure,
                 self._before_update,
             )
             for index, optimizer in enumerate(optimizers)
@@ -312,9 +313,11 @@ class Engine:
             index = self._index_of[param]
             self._uses.read(index, self.layout.params[index].name)
 
+    def _notice_failure(self) -> None:
+        self._hooks.abandon_stale()
+
     def _before_update(self, gradients: list[ChunkGradient]) -> None:
         self._require_live("take a step")
-        self._hooks.abandon_stale()
         self._uses.check_idle()
         failure: DisagreementError | None = None
         try:

@@ -76,7 +76,7 @@ def shard(
     collectives = Collectives(group, reduce_group)
     params = list(dict.fromkeys(model.parameters()))
     index_of = {param: index for index, param in enumerate(params)}
-    specs = specify(model, optimizers, policy)
+    specs = specify(model, optimizers, policy, unbuilt)
     units = find_units(model, index_of, unit_modules)
     for number, optimizer in enumerate(optimizers):
         require_elementwise(optimizer, f"optimizer {number}", device)
@@ -108,7 +108,9 @@ def shard(
     return Engine(model, params, dtypes, store, optimizers, units, policy)
 
 
-def specify(model: nn.Module, optimizers: Sequence[Optimizer], policy: DtypePolicy) -> list[ParamSpec]:
+def specify(
+    model: nn.Module, optimizers: Sequence[Optimizer], policy: DtypePolicy, unbuilt: Collection[nn.Parameter] = ()
+) -> list[ParamSpec]:
     """What the layout has to know of the model's parameters, each once, in definition order.
 
     Raises:
@@ -117,6 +119,13 @@ def specify(model: nn.Module, optimizers: Sequence[Optimizer], policy: DtypePoli
     names = {param: name for name, param in model.named_parameters()}
     if not names:
         raise ConfigurationError(f"{type(model).__name__} has no parameters: there is nothing to shard.")
+    empty = [name for param, name in names.items() if param not in unbuilt and not _has_values(param)]
+    if empty:
+        raise ConfigurationError(
+            f"{', '.join(empty[:3])}{' and others' if len(empty) > 3 else ''}: the parameter holds no values, because "
+            "an earlier run ended in an exception while they were spread over the ranks. Load a checkpoint into the "
+            "model, or build it anew."
+        )
     if optimizers and not any(param.requires_grad for param in names):
         raise ConfigurationError(
             f"no parameter of {type(model).__name__} is trainable (requires_grad is False for all {len(names)}). "
@@ -151,6 +160,10 @@ def specify(model: nn.Module, optimizers: Sequence[Optimizer], policy: DtypePoli
         )
         for param, name in names.items()
     ]
+
+
+def _has_values(param: nn.Parameter) -> bool:
+    return param.is_meta or param.numel() < 2 or any(param.stride())
 
 
 def _keep_dtype(model: nn.Module) -> set[nn.Parameter]:

@@ -83,6 +83,7 @@ class OptimizerOnChunks:
     Args:
         optimizer: the user's; it is hooked, not replaced.
         updates: its chunks, in the order in which the forward needs them.
+        notice: called first in every step and ``zero_grad``, to find out about a backward that failed.
         prepare: called before anything is updated; agrees with the other ranks, may raise.
     """
 
@@ -93,6 +94,7 @@ class OptimizerOnChunks:
         store: Store,
         schedule: Schedule,
         gradients: Gradients,
+        notice: Callable[[], None],
         prepare: Callable[[list[ChunkGradient]], None],
     ) -> None:
         self.optimizer = optimizer
@@ -100,6 +102,7 @@ class OptimizerOnChunks:
         self._store = store
         self._schedule = schedule
         self._gradients = gradients
+        self._notice = notice
         self._prepare = prepare
         self._params: list[list[nn.Parameter]] = []
         self._last: tuple[ChunkUpdate, list[Segment]] | None = None
@@ -117,6 +120,7 @@ class OptimizerOnChunks:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of this optimizer's parameters."""
+        self._notice()
         self._gradients.discard(self.gradients)
 
     def remove(self) -> None:
@@ -138,6 +142,7 @@ class OptimizerOnChunks:
         self._refreshing.clear()
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._notice()
         args, kwargs = self._run_closure(args, kwargs)
         if len(self.optimizer.param_groups) != self._n_groups:
             raise StateError(

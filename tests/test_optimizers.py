@@ -1,0 +1,271 @@
+"""Any element-wise optimizer of torch works on flat shards to the bit; what needs whole tensors is refused."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gemini.core import ConfigurationError, Home, shard
+from lightning_gemini.core.elementwise import require_elementwise
+from tests import cases
+from tests.ranks import run_ranks
+
+Make = Callable[[Any], Optimizer]
+
+ELEMENTWISE: dict[str, Make] = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW amsgrad maximize": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True, maximize=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "AdamW tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, initial_accumulator_value=0.5),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.5),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1),
+}
+
+
+def train(name: str, make: Make, home: Home | None, steps: int = 4) -> tuple[nn.Module, Optimizer]:
+    """Plain where ``home`` is ``None``."""
+    model = cases.build(name)
+    optimizer = make(model.parameters())
+    engine = shard(model, [optimizer], home=home, chunk_size=2048) if home else None
+    for step in cases.batches(name, steps, 1):
+        cases.CASES[name].loss(model, step[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if engine:
+        engine.release()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("home", list(Home))
+@pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE)
+def test_one_rank_is_bit_exact(make: Make, home: Home) -> None:
+    # parameters that get a gradient never, or at every third step, are part of it
+    ours, _ = train("Unused", make, home)
+    theirs, _ = train("Unused", make, None)
+    for (key, value), expected in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(value, expected), key
+
+
+def test_fused_is_exact_to_rounding() -> None:
+    def make(params: Any) -> Optimizer:
+        return torch.optim.AdamW(params, lr=0.01, fused=True)
+
+    ours, _ = train("Mlp", make, Home.FULL)
+    theirs, _ = train("Mlp", make, None)
+    for value, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+
+
+class _ByNorm(Optimizer):
+    """LAMB's idea: the update of a tensor is scaled by its norm."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(param.grad, alpha=group["lr"] * (param.norm() / param.grad.norm()).item())
+
+
+class _Counting(Optimizer):
+    """Keeps a step count in its group, as pytorch_optimizer's do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.calls = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(param.grad.sign(), alpha=group["lr"] / group["step"])
+
+
+REFUSED: dict[str, tuple[Make, str]] = {
+    "LBFGS": (lambda p: torch.optim.LBFGS(p), "evaluates the loss several times"),
+    "Muon": (lambda p: torch.optim.Muon(p), "orthogonalises whole matrices"),
+    "Adafactor": (lambda p: torch.optim.Adafactor(p), "factors the second moment"),
+    "SparseAdam": (lambda p: torch.optim.SparseAdam(p), "sparse gradients"),
+    "_ByNorm": (lambda p: _ByNorm(p, 0.1), "not the update of the same numbers in two flat pieces"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_whole_tensor_optimizers_are_refused_by_name_and_reason(name: str) -> None:
+    make, reason = REFUSED[name]
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ConfigurationError, match=rf"optimizer 0 \(.*{name}\) cannot update flat shards: .*{reason}"):
+        shard(model, [make(model.parameters())])
+    assert torch.equal(model[0].weight, before)
+    assert model(torch.ones(1, 32)).isfinite().all()
+
+
+def test_the_trial_touches_nothing() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    state = torch.get_rng_state()
+    require_elementwise(optimizer, "it", torch.device("cpu"))
+    assert not optimizer.state
+    assert not calls
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("home", list(Home))
+def test_one_step_for_the_user_whatever_the_number_of_chunks(home: Home) -> None:
+    model = cases.build("Mlp")
+    optimizer = _Counting(model.parameters(), 0.1)
+    hooks: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: hooks.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: hooks.append("post"))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    engine = shard(model, [optimizer], home=home, chunk_size=2048)
+    assert len(engine.layout.chunks) > 3
+    for _ in range(2):
+        model(torch.randn(4, 32)).sum().backward()
+        optimizer.step()
+        scheduler.step()  # warns if it thinks that no step was taken
+    assert optimizer.param_groups[0]["step"] == 2
+    assert hooks == ["pre", "post"] * 2
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+
+
+def test_a_closure_is_called_once_and_its_loss_returned() -> None:
+    model = cases.build("Mlp")
+    optimizer = cases.adamw("Mlp", model)
+    engine = shard(model, [optimizer], home=Home.DEVICE, chunk_size=2048)
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 32)).square().mean()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    second = optimizer.step(closure=closure)
+    assert len(calls) == 2
+    assert math.isfinite(first.item())
+    assert second.item() < first.item()
+    assert engine.counters.updates == 2 * len(engine.layout.chunks)
+
+
+# State by parameter
+
+
+@pytest.mark.parametrize("home", list(Home))
+@pytest.mark.parametrize("name", ["Unused", "OddShapes", "MlpInGroups", "channels_last"])
+def test_state_is_torchs_own_and_goes_on(name: str, home: Home) -> None:
+    plain, reference = train_on(cases.build(name), name, None, 0, 4)
+    model, optimizer = train_on(cases.build(name), name, home, 0, 4, keep=True)
+    saved = optimizer.saved
+    assert_same_state(saved, reference.state_dict())
+
+    # from here a plain optimizer, and one on other chunks, do the same
+    file = io.BytesIO()
+    torch.save(saved, file)
+    plain, reference = train_on(plain, name, None, 4, 7, optimizer=reference)
+    for other in (None, Home.FULL, Home.HOST):
+        twin = cases.build(name)
+        twin.load_state_dict(model.state_dict())
+        if hasattr(twin, "calls"):
+            twin.calls = 4
+        file.seek(0)  # anew: torch's optimizers go on in the very tensors they are given
+        twin, _ = train_on(twin, name, other, 4, 7, state=torch.load(file, weights_only=True))
+        for (key, value), expected in zip(twin.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(value, expected), (key, other)
+
+
+def train_on(
+    model: nn.Module,
+    name: str,
+    home: Home | None,
+    start: int,
+    stop: int,
+    keep: bool = False,
+    optimizer: Optimizer | None = None,
+    state: Any = None,
+) -> tuple[nn.Module, Any]:
+    optimizer = optimizer or cases.adamw(name, model)
+    group = dist.group.WORLD if dist.is_initialized() else None
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
+    engine = shard(model, [optimizer], home=home, chunk_size=2048, group=group) if home else None
+    if state is not None:
+        (engine.load_optimizer_state_dict(optimizer, state) if engine else optimizer.load_state_dict(state))
+    for step in cases.batches(name, stop, ranks)[start:]:
+        cases.CASES[name].loss(model, step[rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if engine and keep:
+        optimizer.saved = engine.optimizer_state_dict(optimizer)
+    if engine:
+        engine.release()
+    return model, optimizer
+
+
+def assert_same_state(ours: dict, theirs: dict, **tolerance: float) -> None:
+    assert ours["param_groups"] == theirs["param_groups"]
+    # an empty parameter has nothing to remember
+    theirs["state"] = {n: state for n, state in theirs["state"].items() if state["exp_avg"].numel()}
+    assert ours["state"].keys() == theirs["state"].keys()
+    for number, expected in theirs["state"].items():
+        assert ours["state"][number].keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(ours["state"][number][key], value, **tolerance or {"rtol": 0, "atol": 0})
+
+
+def _states_on_ranks(names: list[str]) -> dict:
+    return {name: train_on(cases.build(name), name, Home.DEVICE, 0, 4, keep=True)[1].saved for name in names}
+
+
+def test_state_gathers_over_ranks() -> None:
+    names = ["Unused", "OddShapes", "MlpInGroups"]
+    first, second = run_ranks(_states_on_ranks, 2, names)
+    for name in names:
+        _, _, reference = cases.train_plain(name, 4, 2)
+        assert_same_state(first[name], reference.state_dict(), rtol=1e-3, atol=1e-6)
+        assert not second[name]["state"], "only rank 0 holds whole tensors"
+
+
+def test_a_state_for_another_optimizer_is_refused() -> None:
+    model = cases.build("Mlp")
+    optimizer = cases.adamw("Mlp", model)
+    engine = shard(model, [optimizer])
+    other = torch.optim.AdamW([nn.Parameter(torch.ones(3))]).state_dict()
+    with pytest.raises(ConfigurationError, match=r"checkpoint's optimizer has \[1\] parameters.*this AdamW has \[16\]"):
+        engine.load_optimizer_state_dict(optimizer, other)
+    wrong = torch.optim.AdamW([nn.Parameter(torch.ones(3)) for _ in range(16)])
+    for param in wrong.param_groups[0]["params"]:
+        param.grad = torch.ones(3)
+    wrong.step()
+    with pytest.raises(ConfigurationError, match="should have the parameter's shape"):
+        engine.load_optimizer_state_dict(optimizer, wrong.state_dict())

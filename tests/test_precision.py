@@ -1,0 +1,134 @@
+"""bf16: masters keep what bf16 would lose, and values are those of a hand-written reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_gemini.core import DtypePolicy, Home, shard
+from lightning_gemini.optim.masters import round_to_compute
+from tests import cases
+
+MIXED = DtypePolicy(torch.bfloat16, master=True, reduce=torch.float32)
+TRUE = DtypePolicy(torch.bfloat16)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
+def test_rounding_is_to_nearest_with_ties_away(bits: list[int]) -> None:
+    signed = torch.tensor([b - 2**32 if b >= 2**31 else b for b in bits], dtype=torch.int32)
+    master = signed.view(torch.float32)
+    rounded = round_to_compute(master, torch.empty(len(bits), dtype=torch.bfloat16))
+    for value, result in zip(master.double(), rounded, strict=True):
+        if value.isnan():
+            assert result.isnan()
+            continue
+        low = int(value.float().view(torch.int32)) & 0xFFFF
+        nearest = value.to(torch.bfloat16)  # ties to even
+        if low != 0x8000:
+            assert result == nearest
+        else:
+            assert result.double().abs() >= nearest.double().abs()
+
+
+@pytest.mark.parametrize("home", list(Home))
+def test_mixed_is_adamw_on_masters(home: Home) -> None:
+    model = cases.build("Mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    engine = shard(model, [optimizer], home=home, chunk_size=2048, policy=MIXED)
+    reference = cases.build("Mlp")
+    masters = [nn.Parameter(p.detach().clone()) for p in reference.parameters()]
+    expected = torch.optim.AdamW(masters, lr=0.01)
+    for index in range(6):
+        x = cases.floats(torch.Generator().manual_seed(index)).bfloat16()
+        for param, master in zip(reference.parameters(), masters, strict=True):
+            param.data = round_to_compute(master.detach(), torch.empty(master.shape, dtype=torch.bfloat16))
+            param.grad = None
+        ours, theirs = model(x).float().square().mean(), reference(x).float().square().mean()
+        assert torch.equal(ours, theirs)
+        for loss in (ours, theirs):
+            loss.backward()
+        for param, master in zip(reference.parameters(), masters, strict=True):
+            master.grad = param.grad.float()
+        for each in (optimizer, expected):
+            each.step()
+        optimizer.zero_grad()
+    engine.release()
+    for value, master in zip(model.parameters(), masters, strict=True):
+        assert value.dtype == torch.float32, "after the run the model has its own dtype again"
+        assert torch.equal(value, master)
+
+
+@pytest.mark.parametrize("policy", [MIXED, TRUE], ids=["mixed", "true"])
+@pytest.mark.parametrize("name", ["opt", "llama_checkpoint", "bert", "ConvNet"])
+def test_models_train_in_bf16(name: str, policy: DtypePolicy) -> None:
+    if name == "ConvNet" and not policy.master:
+        pytest.skip("without masters the buffers are cast too, by the precision plugin")
+    model = cases.build(name)
+    optimizer = cases.adamw(name, model)
+    engine = shard(model, [optimizer], home=Home.DEVICE, chunk_size=4096, policy=policy)
+    batch = cases.batches(name, 1, 1)[0][0]
+    batch = batch.bfloat16() if batch.is_floating_point() else batch
+    losses = []
+    for _ in range(12):
+        loss = cases.CASES[name].loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] * 0.9
+    engine.release()
+
+
+def _moved(policy: DtypePolicy) -> float:
+    torch.manual_seed(0)
+    model = nn.Linear(32, 32)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0)
+    engine = shard(model, [optimizer], policy=policy)
+    x = torch.randn(16, 32).bfloat16()
+    for _ in range(30):
+        F.mse_loss(model(x), x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    engine.release()
+    # from where bf16 starts, not from the fp32 values
+    start = before if policy.master else before.bfloat16().float()
+    return ((model.weight.detach() - start).abs() > 1e-4).float().mean().item()
+
+
+def test_small_steps_are_not_lost_in_masters() -> None:
+    assert _moved(MIXED) > 0.9
+    assert _moved(TRUE) < 0.5
+
+
+def test_bytes_per_parameter_are_as_designed() -> None:
+    """16 with an fp32 master and a gradient that waits for the step; 2 more while accumulating."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = shard(model, [optimizer], policy=MIXED, home=Home.FULL)
+    x = torch.randn(4, 64).bfloat16()
+    per_parameter = engine.layout.nbytes // 2
+    model(x).sum().backward()
+    assert engine.store.device.used == (2 + 4 + 2) * per_parameter
+    optimizer.step()
+    assert engine.store.device.peak - 16 * per_parameter < 64 * 16
+    with engine.accumulate():
+        model(x).sum().backward()
+    assert engine.store.device.used - 18 * per_parameter <= engine.layout.chunks[0].numel * 2
+
+
+def test_frozen_and_evaluated_weights_keep_their_bits() -> None:
+    """What is only read goes through bf16, but comes back as it was."""
+    for optimizers in (lambda m: [], lambda m: [torch.optim.AdamW(m.parameters())]):
+        model = cases.build("FrozenBackbone")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        engine = shard(model, optimizers(model), policy=MIXED, home=Home.DEVICE)
+        model(torch.randn(2, 32).bfloat16())
+        engine.release()
+        for name, param in model.named_parameters():
+            assert torch.equal(param, before[name]), name
