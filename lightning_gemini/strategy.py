@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gemini.core import ConfigurationError, Engine, shard
-from lightning_gemini.core.construct import leave_meta
+from lightning_gemini.core.construct import leave_meta, load_on_meta
 from lightning_gemini.core.memory import available_bytes, parse_bytes
 from lightning_gemini.precision import GeminiPrecision
 
@@ -113,6 +113,7 @@ class GeminiStrategy(ParallelStrategy):
         self.num_nodes = 1
         self._engine: Engine | None = None
         self._reduce_group: dist.ProcessGroup | None = None
+        self._unbuilt: set[nn.Parameter] = set()
         self._failed = False
 
     @property
@@ -242,7 +243,8 @@ class GeminiStrategy(ParallelStrategy):
         self._refuse_ignored_precision(trainer)
         self._failed = False
         self.model = self.precision_plugin.convert_module(self.lightning_module)
-        unbuilt = leave_meta(self.model, self.root_device)
+        unbuilt = self._unbuilt | leave_meta(self.model, self.root_device)
+        self._unbuilt = set()
         self._reset_optimizers_and_schedulers()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -389,7 +391,7 @@ class GeminiStrategy(ParallelStrategy):
             with self._engine.summon(writeback=True):
                 self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
             return
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        self._unbuilt = load_on_meta(self.lightning_module, checkpoint["state_dict"], strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

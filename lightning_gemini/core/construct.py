@@ -41,6 +41,27 @@ def leave_meta(root: nn.Module, device: torch.device) -> set[nn.Parameter]:
     return unbuilt
 
 
+def load_on_meta(root: nn.Module, state: Mapping[str, Any], strict: bool) -> set[nn.Parameter]:
+    """``root.load_state_dict(state)`` for a model with parameters on ``meta``, which come to host memory.
+
+    Returns:
+        the parameters that are not in ``state``, and have no values yet.
+    """
+    unbuilt = leave_meta(root, torch.device("cpu"))
+    for param in unbuilt:
+        param.data = torch.empty(param.shape, dtype=param.dtype)
+    for path, module in root.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and (f"{path}.{key}" if path else key) in state:
+                module._buffers[key] = torch.empty_like(buffer, device="cpu")
+    root.load_state_dict(state, strict=strict)
+    loaded = {param for name, param in root.named_parameters(remove_duplicate=False) if name in state}
+    missing = unbuilt - loaded
+    for param in missing:
+        param.data = placeholder(param.shape, param.dtype, param.device)
+    return missing
+
+
 def fill(store: Store, values: dict[int, Tensor]) -> None:
     """Writes the values of parameters that were built; rank 0's, as DDP does.
 
@@ -73,7 +94,7 @@ def initialise(root: nn.Module, store: Store, index_of: Mapping[nn.Parameter, in
         return
     buffers = dict(_leave_meta_buffers(root, device))
     with torch.inference_mode(False), torch.no_grad():
-        with _MaterialiseOnTouch(store, {p: index_of[p] for p in unbuilt}) as touched:
+        with _MaterialiseOnTouch(store, index_of, unbuilt) as touched:
             _run_initialisers(root, unbuilt, set(buffers.values()), touched.seen)
             touched.flush()
         for chunk in store.chunks:
@@ -117,14 +138,18 @@ def _run_initialisers(
 
 
 class _MaterialiseOnTouch(TorchFunctionMode):
-    """Gives a parameter memory when a function gets it as an argument, and stores it when others have followed."""
+    """Gives a parameter memory when a function gets it as an argument, and stores it when others have followed.
+
+    A parameter that has its values already is replaced by one to throw away.
+    """
 
     _ALIVE = 8
 
-    def __init__(self, store: Store, index_of: Mapping[nn.Parameter, int]) -> None:
+    def __init__(self, store: Store, index_of: Mapping[nn.Parameter, int], unbuilt: set[nn.Parameter]) -> None:
         super().__init__()
         self._store = store
         self._index_of = index_of
+        self._unbuilt = {id(param) for param in unbuilt}
         self._alive: dict[nn.Parameter, None] = {}
         self.seen: set[nn.Parameter] = set()
 
@@ -135,15 +160,21 @@ class _MaterialiseOnTouch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         looks_only = name == "__hash__" or (name == "__get__" and func != _GET_DATA)  # at shape, dtype, ...
         if not looks_only:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, nn.Parameter) and value in self._index_of:
-                    self._touch(value)
+            args = tuple(self._argument(value) for value in args)
+            kwargs = {key: self._argument(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def flush(self) -> None:
         """Stores what is in memory."""
         while self._alive:
             self._store_oldest()
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, nn.Parameter) and value in self._index_of:
+            if id(value) not in self._unbuilt:
+                return nn.Parameter(torch.empty_like(value, memory_format=torch.contiguous_format), value.requires_grad)
+            self._touch(value)
+        return value
 
     def _touch(self, param: nn.Parameter) -> None:
         if param in self._alive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +50,7 @@ def format_bytes(nbytes: float) -> str:
 class Tier:
     """One kind of memory: bytes in use, their peak, and the bytes that may be in use.
 
-    ``capacity`` is ``None`` where nothing bounds it.
+    ``capacity`` is ``None`` where nothing bounds it. ``spare`` is asked to give so many bytes back when room is short.
     """
 
     name: Literal["device", "host"]
@@ -57,6 +58,7 @@ class Tier:
     capacity: int | None = None
     used: int = 0
     peak: int = 0
+    spare: Callable[[int], None] | None = None
 
     def room(self, nbytes: int) -> bool:
         """Whether ``nbytes`` more are allowed."""
@@ -68,6 +70,8 @@ class Tier:
         Raises:
             OutOfBudgetError: it would be more than the capacity; nothing is counted then.
         """
+        if not self.room(nbytes) and self.spare is not None:
+            self.spare(nbytes)
         if not self.room(nbytes):
             raise OutOfBudgetError(
                 f"{what} needs {format_bytes(nbytes)} of {self.name} memory, but {format_bytes(self.used)} of "

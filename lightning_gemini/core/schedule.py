@@ -25,14 +25,13 @@ class Schedule:
         self._store = store
         self._idle: dict[int, Chunk] = {}  # resident and unused, the oldest first
         #: whether any chunk is ever freed; if not, parameters are always resident
+        store.device.spare = self._make_room
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
 
     def acquire(self, chunk: Chunk, reason: str) -> None:
         """Makes ``chunk`` resident for ``reason`` (a unit's name) and pins it until :meth:`release`."""
         self._idle.pop(chunk.index, None)
         if not chunk.resident:
-            while self._idle and not self._store.device.room(chunk.spec.nbytes):
-                self._free_oldest()
             self._store.unshard(chunk, reason)
         chunk.pin()
 
@@ -57,6 +56,10 @@ class Schedule:
             if chunk.home is not Home.FULL and chunk.resident:
                 self._store.reshard(chunk)
         self._idle.clear()
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._idle and not self._store.device.room(nbytes):
+            self._free_oldest()
 
     def _free_oldest(self) -> None:
         self._store.reshard(self._idle.pop(next(iter(self._idle))))
