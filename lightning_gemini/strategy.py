@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any, Literal
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.distributed import (
-    ReduceOp,
-    _distributed_is_initialized,
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-    _sync_ddp_if_available,
-)
-from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
-from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -38,9 +24,9 @@ from lightning_gemini.core import ConfigurationError, Engine, shard
 from lightning_gemini.core.construct import leave_meta, load_on_meta
 from lightning_gemini.core.memory import available_bytes, parse_bytes
 from lightning_gemini.precision import GeminiPrecision
+from lightning_gemini.ranks import RankStrategy, StartMethod
 
 Placement = Literal["auto", "device", "host", "cuda", "cpu"]
-StartMethod = Literal["auto", "popen", "spawn", "fork", "forkserver"]
 
 _PLACEMENTS = {"auto": "auto", "device": "device", "cuda": "device", "host": "host", "cpu": "host"}
 
@@ -49,7 +35,7 @@ _PLACEMENTS = {"auto": "auto", "device": "device", "cuda": "device", "host": "ho
 _AUTO_SHARE = 0.5
 
 
-class GeminiStrategy(ParallelStrategy):
+class GeminiStrategy(RankStrategy):
     """Trains models that do not fit one device: parameters, gradients and optimizer states in sharded chunks.
 
     Needs no change to the LightningModule. See ``docs/design.md`` for how it works.
@@ -97,7 +83,16 @@ class GeminiStrategy(ParallelStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        super().__init__(
+            process_group_backend,
+            timeout_seconds,
+            start_method,
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision_plugin,
+        )
         if placement not in _PLACEMENTS:
             raise ConfigurationError(f"placement must be one of {', '.join(_PLACEMENTS)}, got {placement!r}.")
         if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size > 0):
@@ -107,12 +102,7 @@ class GeminiStrategy(ParallelStrategy):
         self._host_memory = None if host_memory == "auto" else parse_bytes(host_memory, "host_memory")
         self._chunk_size = chunk_size
         self._unit_modules = tuple(unit_modules or ())
-        self._backend = process_group_backend
-        self._timeout = timedelta(seconds=timeout_seconds)
-        self._start_method = start_method if start_method != "auto" else "fork" if _IS_INTERACTIVE else "popen"
-        self.num_nodes = 1
         self._engine: Engine | None = None
-        self._reduce_group: dist.ProcessGroup | None = None
         self._unbuilt: set[nn.Parameter] = set()
         self._failed = False
 
@@ -140,74 +130,6 @@ class GeminiStrategy(ParallelStrategy):
     def grad_norm(self, norm_type: float = 2.0) -> Tensor:
         """The norm of all gradients that wait for the step; every rank has to call. See :meth:`Engine.grad_norm`."""
         return self.engine.grad_norm(None, norm_type)
-
-    # Ranks, devices and processes
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_processes(self) -> int:
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    def is_distributed(self) -> bool:
-        # without it Lightning would inject no DistributedSampler and ignore sync_dist
-        return True
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
-
-    @override
-    def _configure_launcher(self) -> None:
-        # also where processes are created externally: SLURM's settings are validated by the launcher
-        assert self.cluster_environment is not None
-        if self._start_method == "popen":
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)  # type: ignore[arg-type]
-
-    def set_world_ranks(self) -> None:
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        # the setters above are no-ops in some environments, the getter is right in all
-        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        reset_seed()
-        self.set_world_ranks()
-        assert self.cluster_environment is not None
-        self._backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
-        device_id = self.root_device if self.root_device.type != "cpu" else None
-        _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device_id)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if _distributed_is_initialized():
-            on_device = {"device_ids": [self.root_device.index]} if dist.get_backend() == "nccl" else {}
-            dist.barrier(**on_device)
-
-    @override
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if not _distributed_is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
-
-    @override
-    def reduce(
-        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
-    ) -> Tensor | Any:
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
 
     # Precision
 
@@ -253,8 +175,8 @@ class GeminiStrategy(ParallelStrategy):
         self._engine = shard(
             self.model,
             self.optimizers,
-            group=dist.group.WORLD if self.world_size > 1 else None,
-            reduce_group=self._reductions(),
+            group=self.gather_group(),
+            reduce_group=self.reduce_group(),
             device=self.root_device,
             placement=self._placement,  # type: ignore[arg-type]
             device_memory=device_memory,
@@ -286,11 +208,6 @@ class GeminiStrategy(ParallelStrategy):
             free = available_bytes(torch.device("cpu"))
             host = None if free is None else free // max(self.num_processes, 1)
         return device, host
-
-    def _reductions(self) -> dist.ProcessGroup | None:
-        if self.world_size > 1 and self._reduce_group is None:
-            self._reduce_group = dist.new_group(timeout=self._timeout)
-        return self._reduce_group
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -14,7 +14,6 @@ from lightning_gemini.core.chunk import placeholder
 from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.store import Store
 
-
 _GET_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 

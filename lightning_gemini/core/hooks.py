@@ -104,7 +104,7 @@ class Hooks:
         self._events.pre_forward(unit)
         call = _Call(self, unit)
         self._forwards.append(call)
-        if torch.is_grad_enabled():
+        if unit.params and torch.is_grad_enabled():
             # now, not afterwards: the forward may change its inputs in place, and their gradients would come too early
             call.watch_inputs(tensors_in((args, kwargs)))
 
@@ -113,7 +113,7 @@ class Hooks:
             return  # torch calls this hook too when the one before the forward, or a user's, has raised
         call = self._forwards.pop()
         call.use = self._events.post_forward(unit)
-        if torch.is_grad_enabled():
+        if call.use and torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:
                     tensor.register_hook(call.enter)

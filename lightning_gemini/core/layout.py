@@ -195,6 +195,7 @@ def plan_layout(
     world_size: int,
     chunk_size: int | Literal["auto"] = "auto",
     alignment: int = ALIGNMENT,
+    limit: int | None = None,
 ) -> Layout:
     """Packs ``params`` (in definition order) into chunks.
 
@@ -205,13 +206,14 @@ def plan_layout(
             about 32 to 64 chunks. A parameter that does not fit gets a chunk of its own; the last chunk of each
             kind ends where its parameters end.
         alignment: elements at a multiple of which every parameter and every shard starts.
+        limit: with ``"auto"``, elements beyond which chunks are too large for the memory they go to.
 
     Raises:
         ConfigurationError: ``chunk_size`` is smaller than one aligned shard per rank.
     """
     step = alignment * world_size
     if chunk_size == "auto":
-        chunk_size = search_chunk_numel(params, world_size, alignment)
+        chunk_size = search_chunk_numel(params, world_size, alignment, limit)
     elif chunk_size < step:
         raise ConfigurationError(
             f"chunk_size must be at least {step} elements ({world_size} rank(s) x an alignment of {alignment}), "
@@ -225,11 +227,16 @@ def plan_layout(
     return Layout(tuple(params), tuple(chunks), size, world_size, alignment)
 
 
-def search_chunk_numel(params: Sequence[ParamSpec], world_size: int, alignment: int = ALIGNMENT) -> int:
+def search_chunk_numel(
+    params: Sequence[ParamSpec], world_size: int, alignment: int = ALIGNMENT, limit: int | None = None
+) -> int:
     """The chunk size, in elements, that wastes the least; the smallest of several equal ones."""
     step = alignment * world_size
     total = sum(spec.numel for spec in params)
-    low = _round_up(min(max(total // _AUTO_CHUNKS, _MIN_AUTO_NUMEL), _MAX_AUTO_NUMEL), step)
+    low = min(max(total // _AUTO_CHUNKS, _MIN_AUTO_NUMEL), _MAX_AUTO_NUMEL)
+    if limit is not None:
+        low = min(low, limit // 2)
+    low = _round_up(max(low, 1), step)
     stride = _round_up(max(low // _AUTO_CANDIDATES, 1), step)
 
     def waste(size: int) -> int:

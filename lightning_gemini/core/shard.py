@@ -29,6 +29,8 @@ Placement = Literal["auto", "device", "host"]
 #: fp32 exp_avg and exp_avg_sq: what most people's optimizer keeps. The real size shows after the first step.
 _STATE_BYTES = 8
 
+_CHUNKS_AT_ONCE, _REDUCING_AT_ONCE = 10, 3
+
 
 def shard(
     model: nn.Module,
@@ -80,20 +82,14 @@ def shard(
     units = find_units(model, index_of, unit_modules)
     for number, optimizer in enumerate(optimizers):
         require_elementwise(optimizer, f"optimizer {number}", device)
-    layout = plan_layout(specs, collectives.world_size, chunk_size)
-    _require_agreement(layout, collectives)
-
     limits = collectives.gather_objects((device_memory, host_memory))
     tiers = (
         Tier("device", device, min((d for d, _ in limits if d is not None), default=None)),
         Tier("host", torch.device("cpu"), min((h for _, h in limits if h is not None), default=None)),
     )
     dtypes = [param.dtype for param in params]
-    masters = _masters(layout, dtypes, policy)
-    if home is None:
-        homes = choose_homes(layout, tiers[0], placement, _update_bytes(layout, masters))
-    else:
-        homes = [home] * len(layout.chunks)
+    layout, homes, masters = _plan(specs, collectives.world_size, chunk_size, tiers[0], placement, home, dtypes, policy)
+    _require_agreement(layout, collectives)
     missing = {*unbuilt, *construct.leave_meta(model, device)}
     values = {index: param.data for param, index in index_of.items() if param not in missing}
     try:
@@ -162,6 +158,32 @@ def specify(
     ]
 
 
+def _plan(
+    specs: Sequence[ParamSpec],
+    world_size: int,
+    chunk_size: int | Literal["auto"],
+    tier: Tier,
+    placement: Placement,
+    home: Home | None,
+    dtypes: Sequence[torch.dtype],
+    policy: DtypePolicy,
+) -> tuple[Layout, list[Home], set[int]]:
+    """The layout, where its chunks live, and which have masters; smaller chunks where they have to move."""
+    layout = plan_layout(specs, world_size, chunk_size)
+    for limit in (None, tier.capacity):
+        if limit is not None:
+            # about ten chunks are in use, idle, or hold gradients at one time
+            limit = limit // (_CHUNKS_AT_ONCE * max(spec.dtype.itemsize for spec in specs))
+            layout = plan_layout(specs, world_size, chunk_size, limit=limit)
+        masters = _masters(layout, dtypes, policy)
+        if home is not None:
+            return layout, [home] * len(layout.chunks), masters
+        homes = choose_homes(layout, tier, placement, _update_bytes(layout, masters, policy))
+        if homes[0] is Home.FULL:
+            break
+    return layout, homes, masters
+
+
 def _has_values(param: nn.Parameter) -> bool:
     return param.is_meta or param.numel() < 2 or any(param.stride())
 
@@ -182,13 +204,18 @@ def _masters(layout: Layout, dtypes: Sequence[torch.dtype], policy: DtypePolicy)
     }
 
 
-def _update_bytes(layout: Layout, masters: Collection[int]) -> int:
-    """Bytes of gradients, masters and optimizer states on one rank."""
-    total = 0
+def _update_bytes(layout: Layout, masters: Collection[int], policy: DtypePolicy) -> int:
+    """Bytes of gradients, masters and optimizer states on one rank, and of the buffers that reductions go through."""
+    total, buffers = 0, []
     for chunk in layout.chunks:
         if chunk.kind.updated:
-            per_element = chunk.kind.dtype.itemsize + _STATE_BYTES + (4 if chunk.index in masters else 0)
+            dtype = chunk.kind.dtype
+            per_element = dtype.itemsize + _STATE_BYTES + (4 if chunk.index in masters else 0)
             total += chunk.numel // layout.world_size * per_element
+            buffers.append(chunk.numel * policy.reduce_dtype(dtype).itemsize)
+    if layout.world_size > 1:
+        # whole gradients that fill or are under way, each with its result and space for what others send
+        total += 2 * sum(sorted(buffers, reverse=True)[:_REDUCING_AT_ONCE])
     return total
 
 

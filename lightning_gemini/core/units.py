@@ -14,6 +14,9 @@ from lightning_gemini.core.errors import ConfigurationError
 class Unit:
     """A module that is hooked, and the modules whose parameters it makes usable.
 
+    A module that owns no parameter but has some inside is a unit too, with nothing of its own: its forward bounds how
+    long what it reads of other modules' parameters must stay usable.
+
     Attributes:
         name: the module's full name, ``"model"`` for the root.
         module: the module whose forward and backward are the unit's.
@@ -32,7 +35,7 @@ class Unit:
 
 
 def find_units(root: nn.Module, index_of: dict[nn.Parameter, int], coarse: Collection[str | type] = ()) -> list[Unit]:
-    """The root, each module that owns parameters, and, where a module is in ``coarse`` or compiled, the whole of it.
+    """Each module with parameters, and, where a module is in ``coarse`` or compiled, the whole of it as one.
 
     Args:
         root: the model.
@@ -61,7 +64,7 @@ def find_units(root: nn.Module, index_of: dict[nn.Parameter, int], coarse: Colle
         seen.update(members)
         owners = tuple(m for m in members if any(p is not None for p in m._parameters.values()))
         params = dict.fromkeys(index_of[p] for m in owners for p in m._parameters.values() if p is not None)
-        if params or not name:
+        if params or any(param in index_of for param in module.parameters()):
             units.append(Unit(name or "model", module, owners, tuple(params), compiled))
         if not whole:
             for child_name, child in module.named_children():

@@ -1,0 +1,136 @@
+"""How the processes of a run are started, find each other and talk: Lightning's contract for parallel strategies."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.distributed import (
+    ReduceOp,
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gemini.core import ConfigurationError
+
+StartMethod = Literal["auto", "popen", "spawn", "fork", "forkserver"]
+
+
+class RankStrategy(ParallelStrategy):
+    """One process per device, on one or several machines; popen, multiprocessing, torchrun or SLURM."""
+
+    def __init__(
+        self,
+        process_group_backend: str | None,
+        timeout_seconds: float,
+        start_method: StartMethod,
+        accelerator: Accelerator | None,
+        parallel_devices: list[torch.device] | None,
+        cluster_environment: ClusterEnvironment | None,
+        checkpoint_io: CheckpointIO | None,
+        precision_plugin: Precision | None,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
+        if start_method not in get_args(StartMethod):
+            raise ConfigurationError(
+                f"start_method must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}."
+            )
+        if timeout_seconds <= 0:
+            raise ConfigurationError(f"timeout_seconds must be positive, got {timeout_seconds!r}.")
+        self.num_nodes = 1
+        self._backend = process_group_backend
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._start_method = start_method if start_method != "auto" else "fork" if _IS_INTERACTIVE else "popen"
+        self._reduce_group: dist.ProcessGroup | None = None
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def is_distributed(self) -> bool:
+        # without it Lightning would inject no DistributedSampler and ignore sync_dist
+        return True
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+
+    @override
+    def _configure_launcher(self) -> None:
+        # also where processes are created externally: SLURM's settings are validated by the launcher
+        assert self.cluster_environment is not None
+        if self._start_method == "popen":
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = _MultiProcessingLauncher(self, start_method=self._start_method)  # type: ignore[arg-type]
+
+    def set_world_ranks(self) -> None:
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        # the setters above are no-ops in some environments, the getter is right in all
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        self._backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
+        device_id = self.root_device if self.root_device.type != "cpu" else None
+        _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device_id)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if _distributed_is_initialized():
+            on_device = {"device_ids": [self.root_device.index]} if dist.get_backend() == "nccl" else {}
+            dist.barrier(**on_device)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+
+    def gather_group(self) -> dist.ProcessGroup | None:
+        """The group that chunks are shared and gathered in; ``None`` for a process alone."""
+        return dist.group.WORLD if self.world_size > 1 else None
+
+    def reduce_group(self) -> dist.ProcessGroup | None:
+        """The same ranks again, for reductions; made at the first call, which all ranks have to make."""
+        if self.world_size > 1 and self._reduce_group is None:
+            self._reduce_group = dist.new_group(timeout=self._timeout)
+        return self._reduce_group

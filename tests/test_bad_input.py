@@ -1,0 +1,148 @@
+"""What cannot work is refused before training, in words: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, Precision
+from torch import Tensor, nn
+
+from lightning_gemini import GeminiPrecision, GeminiStrategy
+from lightning_gemini.core import ConfigurationError, OutOfBudgetError
+from tests.lightning_cases import Module, loader, trainer
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"placement": "gpu"}, r"placement must be one of auto, device, cuda, host, cpu, got 'gpu'"),
+        (
+            {"device_memory": "lots"},
+            r"device_memory must be a positive number of bytes, or a text such as '20GiB'.*'lots'",
+        ),
+        ({"device_memory": "20 apples"}, r"device_memory must be .* got '20 apples'"),
+        ({"host_memory": -1}, r"host_memory must be .* got -1"),
+        ({"host_memory": True}, r"host_memory must be .* got True"),
+        ({"device_memory": float("inf")}, r"device_memory must be .* got inf"),
+        ({"chunk_size": 0}, r"chunk_size must be 'auto' or a positive number of elements, got 0"),
+        ({"chunk_size": "big"}, r"chunk_size must be 'auto' .* got 'big'"),
+        ({"start_method": "magic"}, r"start_method must be one of auto, popen, .* got 'magic'"),
+        ({"timeout_seconds": 0}, r"timeout_seconds must be positive, got 0"),
+    ],
+)
+def test_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        GeminiStrategy(**settings)
+
+
+@pytest.mark.parametrize("size", [1024, 2.5e6, "3GiB", "1.5 gib", "512MB", "100"])
+def test_sizes_that_parse(size: Any) -> None:
+    GeminiStrategy(device_memory=size)
+
+
+class _TransformerEngine(Precision):
+    precision = "transformer-engine"
+
+
+@pytest.mark.parametrize("plugin", [DoublePrecision(), _TransformerEngine(), HalfPrecision("16-true")])
+def test_precision_plugins(plugin: Precision) -> None:
+    with pytest.raises(ConfigurationError, match=f"'32-true' or 'bf16-mixed' or 'bf16-true', got '{plugin.precision}'"):
+        trainer(plugins=[plugin])
+
+
+def test_precision_mode() -> None:
+    with pytest.raises(ConfigurationError, match="got '64-true'"):
+        trainer(precision="64-true")
+
+
+def test_a_precision_that_lightning_would_ignore() -> None:
+    run = trainer(GeminiStrategy(precision_plugin=GeminiPrecision("32-true")), precision="bf16-mixed")
+    with pytest.raises(ConfigurationError, match=r"Trainer\(precision='bf16-mixed'\).*'32-true'.*contradict"):
+        run.fit(Module(), loader())
+
+
+def _frozen(module: Module) -> None:
+    module.requires_grad_(False)
+
+
+def _foreign(module: Module) -> None:
+    stray = nn.Parameter(torch.ones(5))
+    module.configure_optimizers = lambda: torch.optim.AdamW([*module.parameters(), stray])
+
+
+def _shared(module: Module) -> None:
+    params = list(module.parameters())
+    module.automatic_optimization = False
+    module.configure_optimizers = lambda: (torch.optim.SGD(params), torch.optim.SGD(params[:1]))
+
+
+def _lbfgs(module: Module) -> None:
+    module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters())
+
+
+def _changed(module: Module) -> None:
+    def on_train_start() -> None:
+        module.model.layers[3] = nn.Linear(32, 32)
+
+    module.on_fit_start = on_train_start
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "message"),
+    [
+        (_frozen, {}, r"no parameter of Module is trainable \(requires_grad is False for all 16\)"),
+        (_foreign, {}, r"optimizer 0 \(AdamW\), parameter group 0, has a tensor of shape \(5,\) that is no parameter"),
+        (_shared, {}, r"model.layers.0.0.weight is in optimizer 0 and in optimizer 1"),
+        (_lbfgs, {}, r"LBFGS\) cannot update flat shards: it evaluates the loss several times"),
+        (_changed, {}, r"parameters changed after the chunks were laid out: new: model.layers.3.weight"),
+        (None, {"chunk_size": 32}, r"chunk_size must be at least 64 elements.*got 32"),
+        (None, {"unit_modules": ["Block"]}, r"unit_modules names 'Block'.*classes here are Linear, Mlp"),
+    ],
+)
+def test_models_and_optimizers(spoil: Callable[[Module], None] | None, settings: dict[str, Any], message: str) -> None:
+    module = Module()
+    before = [p.detach().clone() for p in module.parameters()]
+    if spoil is not None:
+        spoil(module)
+    params = list(module.parameters())
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(GeminiStrategy(**settings)).fit(module, loader())
+    assert not module.losses, "training had begun"
+    for param, value in zip(params, before, strict=True):
+        if param.numel() and spoil is not _changed:
+            assert torch.equal(param, value)
+
+
+def test_a_model_without_parameters() -> None:
+    class Empty(L.LightningModule):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return torch.zeros((), requires_grad=True)
+
+        def configure_optimizers(self) -> None:
+            return None
+
+    with pytest.raises(ConfigurationError, match="Empty has no parameters"):
+        trainer().fit(Empty(), loader())
+
+
+def test_a_device_that_is_too_small_says_what_is_needed() -> None:
+    module = Module("opt")
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(OutOfBudgetError, match=r"placement='device' needs .* KiB .* but 10.00 KiB may be used"):
+        trainer(GeminiStrategy(placement="device", device_memory="10KiB")).fit(module, loader("opt"))
+    with pytest.raises(OutOfBudgetError, match=r"shard of chunk 0 needs .* of host memory.*host_memory"):
+        trainer(GeminiStrategy(placement="host", host_memory="10KiB")).fit(module, loader("opt"))
+    assert all(torch.equal(p, value) for p, value in zip(module.parameters(), before, strict=True))
+
+
+def test_the_engine_exists_only_during_a_run() -> None:
+    strategy = trainer().strategy
+    with pytest.raises(RuntimeError, match="only while the Trainer runs"):
+        strategy.memory_report()
