@@ -319,7 +319,7 @@ def test_a_new_parameter_group_is_refused() -> None:
     model, optimizer, _ = make()
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
     model(torch.randn(4, 32)).sum().backward()
-    with pytest.raises(StateError, match="had 1 parameter groups.*has 2 now"):
+    with pytest.raises(StateError, match=r"had 1 parameter groups.*has 2 now"):
         optimizer.step()
 
 
@@ -328,7 +328,7 @@ def test_a_new_parameter_group_is_refused() -> None:
 
 @pytest.mark.parametrize("home", list(Home))
 def test_summon_shows_and_keeps_whole_parameters(home: Home) -> None:
-    model, optimizer, engine = make("TiedWeight", home)
+    model, _, engine = make("TiedWeight", home)
     plain = cases.build("TiedWeight")
     with engine.summon():
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
