@@ -96,7 +96,8 @@ class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1),
+            # no bias before a BatchNorm: its gradient is nothing but rounding, which Adam would blow up
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
             nn.BatchNorm2d(8),
             nn.ReLU(inplace=True),
             nn.Conv2d(8, 12, 3, stride=2, bias=False),

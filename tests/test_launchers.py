@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +15,15 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "train.py"
 
 
+def fresh_environment() -> dict[str, str]:
+    """This process's environment without what a Trainer in it has set for its own ranks."""
+    ours = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def run(*command: str, **environment: str) -> str:
     """Runs a command to its end and returns what it printed; nothing outlives the call."""
-    env = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")}
+    env = fresh_environment()
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -26,10 +34,10 @@ def run(*command: str, **environment: str) -> str:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, 9)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a rank that waits for one that died, too
     assert process.returncode == 0, err[-3000:]
     return out
 
@@ -67,14 +75,14 @@ def test_slurm() -> None:
             subprocess.Popen(
                 [sys.executable, str(EXAMPLE), "--devices", "2"],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **slurm},
+                env={**fresh_environment(), "PYTHONPATH": str(ROOT), **slurm},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
         )
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -76,8 +76,8 @@ class Collectives:
         works = _swap(self._reduce_group, self.rank, lambda peer: slices[peer], lambda peer: received[peer])
 
         def add_up() -> None:
-            out.copy_(received[0])
-            for part in received[1:]:
+            torch.add(received[0], received[1], out=out)
+            for part in received[2:]:
                 out.add_(part)
 
         return _Works(works, add_up)

@@ -134,8 +134,9 @@ class Gradients:
         self._store = store
         self._policy = policy
         self._collectives = store.collectives
-        self.pool = BufferPool(store.device)
-        self._host_pool = BufferPool(store.host)
+        #: what a backward needs beside the shards it leaves; freed when it ends
+        self._transient = BufferPool(store.device)
+        self._shards = {False: BufferPool(store.device), True: BufferPool(store.host)}  # by whether on the host
         self.chunks: dict[int, ChunkGradient] = {
             chunk.index: ChunkGradient(chunk) for chunk in store.chunks if chunk.spec.kind.updated
         }
@@ -192,6 +193,7 @@ class Gradients:
                 self._reduce(gradient)
                 self._settle()
             gradient.end_backward()
+        self._transient.clear()
 
     def agree(self, chunks: list[ChunkGradient], flags: list[bool]) -> list[bool]:
         """Makes ``used`` of ``chunks`` the same on all ranks and reduces late gradients; before every step.
@@ -242,7 +244,7 @@ class Gradients:
         """Forgets the gradients of ``chunks``, reduced or not."""
         for gradient in chunks:
             if gradient.shard is not None:
-                self._pool_of(gradient.chunk).put(gradient.shard)
+                self._shard_pool(gradient.chunk).put(gradient.shard)
                 gradient.shard = None
             gradient.used = [False] * len(gradient.used)
             if gradient.state is GradientState.FILLING:
@@ -259,21 +261,21 @@ class Gradients:
                 self._store.device.give(gradient.buffer.nbytes)
             gradient.buffer, gradient.state = None, GradientState.EMPTY
             gradient.end_backward()
-        self.pool.clear()
+        self._transient.clear()
 
     def release(self) -> None:
         """Drops everything and gives all memory back."""
         self.reset()
         self.discard(list(self.chunks.values()))
-        self.pool.clear()
-        self._host_pool.clear()
+        for pool in self._shards.values():
+            pool.clear()
 
     def _open(self, gradient: ChunkGradient) -> None:
         dtype = gradient.chunk.full.dtype
         if self._collectives.world_size > 1:
             dtype = self._policy.reduce_dtype(dtype)
         what = f"the gradient of chunk {gradient.chunk.index}"
-        gradient.open(self.pool.get(gradient.chunk.spec.numel, dtype, what))
+        gradient.open(self._buffer_pool(gradient.chunk).get(gradient.chunk.spec.numel, dtype, what))
 
     def _complete(self, gradient: ChunkGradient) -> None:
         gradient.complete()
@@ -310,9 +312,9 @@ class Gradients:
             return
         while len(self._in_flight) >= _MAX_IN_FLIGHT:
             self._finish_oldest()
-        out = self.pool.get(gradient.chunk.own.numel(), full.dtype, what)
+        out = self._result_pool(gradient.chunk).get(gradient.chunk.own.numel(), full.dtype, what)
         scratch_numel = self._collectives.scratch_numel(full.numel())
-        scratch = self.pool.get(scratch_numel, full.dtype, what) if scratch_numel else None
+        scratch = self._transient.get(scratch_numel, full.dtype, what) if scratch_numel else None
         pending = self._collectives.reduce_scatter(full, out, scratch)
         self._in_flight.append((gradient, pending, out, scratch))
         self._store.counters.reduces += 1
@@ -326,13 +328,13 @@ class Gradients:
         gradient, pending, out, scratch = self._in_flight.popleft()
         pending.wait()
         if scratch is not None:
-            self.pool.put(scratch)
+            self._transient.put(scratch)
         self._drop_buffer(gradient)
         self._keep(gradient, out.mul_(1 / self._collectives.world_size))
 
     def _drop_buffer(self, gradient: ChunkGradient) -> None:
         assert gradient.buffer is not None
-        self.pool.put(gradient.buffer)
+        self._buffer_pool(gradient.chunk).put(gradient.buffer)
         gradient.buffer = None
         gradient.state = GradientState.EMPTY
 
@@ -341,12 +343,13 @@ class Gradients:
         chunk, keep = gradient.chunk, gradient.chunk.full.dtype
         if self.accumulating or gradient.shard is not None:
             keep = torch.promote_types(keep, torch.float32)
-        pool, what = self._pool_of(chunk), f"the gradient shard of chunk {chunk.index}"
+        origin, pool = self._result_pool(chunk), self._shard_pool(chunk)
+        what = f"the gradient shard of chunk {chunk.index}"
         if chunk.home is Home.HOST:
             self._store.counters.offloaded_bytes += part.nbytes
-        if part.dtype != keep or chunk.home is Home.HOST:
+        if part.dtype != keep or origin is not pool:
             moved = pool.get(part.numel(), keep, what).copy_(part)
-            self.pool.put(part)
+            origin.put(part)
             part = moved
         if gradient.shard is None:
             gradient.shard = part
@@ -358,8 +361,18 @@ class Gradients:
         gradient.shard.add_(part)
         pool.put(part)
 
-    def _pool_of(self, chunk: Chunk) -> BufferPool:
-        return self._host_pool if chunk.home is Home.HOST else self.pool
+    def _shard_pool(self, chunk: Chunk) -> BufferPool:
+        return self._shards[chunk.home is Home.HOST]
+
+    def _buffer_pool(self, chunk: Chunk) -> BufferPool:
+        """Where whole gradients come from: on one rank they are the results of the reduction, too."""
+        return self._result_pool(chunk) if self._collectives.world_size == 1 else self._transient
+
+    def _result_pool(self, chunk: Chunk) -> BufferPool:
+        """Where reduced gradients come from: the shards' pool, unless they only pass on their way to another one."""
+        several = self._collectives.world_size > 1
+        dtype = self._policy.reduce_dtype(chunk.full.dtype) if several else chunk.full.dtype
+        return self._transient if chunk.home is Home.HOST or dtype != chunk.full.dtype else self._shards[False]
 
 
 def _wants_gradient(chunk: Chunk) -> bool:
