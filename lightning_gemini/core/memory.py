@@ -109,12 +109,13 @@ class BufferPool:
         """Takes back a buffer that nobody uses any more."""
         self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
-    def clear(self) -> None:
-        """Frees the buffers that wait for their next use."""
-        for buffers in self._free.values():
-            for buffer in buffers:
-                self._tier.give(buffer.nbytes)
-        self._free.clear()
+    def clear(self, keep: int = 0) -> None:
+        """Frees the buffers that wait for their next use, but for ``keep`` bytes, the smaller ones first."""
+        for buffers in sorted(self._free.values(), key=lambda same: same[0].nbytes if same else 0):
+            spared = min(len(buffers), keep // buffers[0].nbytes) if buffers else 0
+            self._tier.give(sum(buffer.nbytes for buffer in buffers[spared:]))
+            del buffers[spared:]
+            keep -= sum(buffer.nbytes for buffer in buffers)
 
 
 def available_bytes(device: torch.device) -> int | None:
