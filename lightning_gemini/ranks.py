@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -57,7 +58,6 @@ class RankStrategy(ParallelStrategy):
         self._backend = process_group_backend
         self._timeout = timedelta(seconds=timeout_seconds)
         self._start_method = start_method if start_method != "auto" else "fork" if _IS_INTERACTIVE else "popen"
-        self._reduce_group: dist.ProcessGroup | None = None
 
     @property
     @override
@@ -109,28 +109,36 @@ class RankStrategy(ParallelStrategy):
     def barrier(self, name: str | None = None) -> None:
         if _distributed_is_initialized():
             on_device = {"device_ids": [self.root_device.index]} if dist.get_backend() == "nccl" else {}
-            dist.barrier(**on_device)
+            with self.explains():
+                dist.barrier(**on_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         if not _distributed_is_initialized():
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src)
+        with self.explains():
+            dist.broadcast_object_list(box, src)
         return box[0]
 
     @override
     def reduce(
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
+        if not isinstance(tensor, Tensor):
+            return tensor
+        with self.explains():
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
-    def gather_group(self) -> dist.ProcessGroup | None:
-        """The group that chunks are shared and gathered in; ``None`` for a process alone."""
-        return dist.group.WORLD if self.world_size > 1 else None
+    def explains(self) -> AbstractContextManager[None]:
+        """Around a wait for other ranks: what it raises says which of them failed, and why."""
+        return nullcontext()
 
-    def reduce_group(self) -> dist.ProcessGroup | None:
-        """The same ranks again, for reductions; made at the first call, which all ranks have to make."""
-        if self.world_size > 1 and self._reduce_group is None:
-            self._reduce_group = dist.new_group(timeout=self._timeout)
-        return self._reduce_group
+    def make_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """Groups of all ranks, for gathers and for reductions; ``None`` for a process alone. All ranks have to call."""
+        if self.world_size == 1:
+            return None, None
+        # gloo's connections are closed by a rank that fails, so they must not be those of everybody
+        own = dist.get_backend() == "gloo"
+        gathers = dist.new_group(timeout=self._timeout) if own else dist.group.WORLD
+        return gathers, dist.new_group(timeout=self._timeout)

@@ -172,11 +172,12 @@ class GeminiStrategy(RankStrategy):
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         device_memory, host_memory = self._budgets()
+        group, reduce_group = self.make_groups()
         self._engine = shard(
             self.model,
             self.optimizers,
-            group=self.gather_group(),
-            reduce_group=self.reduce_group(),
+            group=group,
+            reduce_group=reduce_group,
             device=self.root_device,
             placement=self._placement,  # type: ignore[arg-type]
             device_memory=device_memory,
@@ -212,6 +213,12 @@ class GeminiStrategy(RankStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
+        if self._engine is not None:
+            self._engine.leave(exception)
+
+    @override
+    def explains(self) -> AbstractContextManager[None]:
+        return super().explains() if self._engine is None else self._engine.store.collectives.explains()
 
     @override
     def teardown(self) -> None:

@@ -6,12 +6,16 @@ units, reductions follow the layout, and how the two interleave may differ from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_gemini.core.errors import StateError
+from lightning_gemini.core.peers import Board
 
 # torch 2.13 renamed the two and warns on the old names; 2.11 has the old names only.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,11 +37,13 @@ class Collectives:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, reduce_group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
-        self._reduce_group = reduce_group or group
+        self._gathers = group
+        self._reduces = reduce_group or group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self._exchange = group is not None and dist.get_backend(group) == "gloo"
+        self._board = None if group is None else Board(group)
+        self._parted = False
 
     def shard_of(self, full: Tensor) -> Tensor:
         """This rank's slice of a flat buffer, a view."""
@@ -50,10 +56,11 @@ class Collectives:
             return _DONE
         raw = full.view(torch.uint8)
         if not self._exchange:
-            return _Works([_all_gather(raw, self.shard_of(raw), group=self._group, async_op=True)])
+            with self.explains():
+                return self._works([_all_gather(raw, self.shard_of(raw), group=self._gathers, async_op=True)])
         # gloo's own all-gather takes twice the time of sends and receives straight into place
         slices = raw.chunk(self.world_size)
-        return _Works(_swap(self._group, self.rank, lambda _: slices[self.rank], lambda peer: slices[peer]))
+        return self._works(self._swap(self._gathers, lambda _: slices[self.rank], lambda peer: slices[peer]))
 
     def reduce_scatter(self, full: Tensor, out: Tensor, scratch: Tensor | None) -> Pending:
         """Sums ``full`` (flat) over the ranks; ``out`` gets this rank's slice.
@@ -67,20 +74,21 @@ class Collectives:
             out.copy_(full)
             return _DONE
         if not self._exchange:
-            return _Works([_reduce_scatter(out, full, group=self._reduce_group, async_op=True)])
+            with self.explains():
+                return self._works([_reduce_scatter(out, full, group=self._reduces, async_op=True)])
         # gloo's own reduce-scatter all-reduces the whole buffer: seven times slower than this exchange
         assert scratch is not None
         slices = list(full.chunk(self.world_size))
         received = list(scratch.chunk(self.world_size - 1))
         received.insert(self.rank, slices[self.rank])
-        works = _swap(self._reduce_group, self.rank, lambda peer: slices[peer], lambda peer: received[peer])
+        works = self._swap(self._reduces, lambda peer: slices[peer], lambda peer: received[peer])
 
         def add_up() -> None:
             torch.add(received[0], received[1], out=out)
             for part in received[2:]:
                 out.add_(part)
 
-        return _Works(works, add_up)
+        return self._works(works, add_up)
 
     def scratch_numel(self, full_numel: int) -> int:
         """Elements of scratch space that :meth:`reduce_scatter` wants for a buffer of ``full_numel`` elements."""
@@ -89,13 +97,15 @@ class Collectives:
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduces ``tensor`` in place by summation and returns it."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self._group)
+            with self.explains():
+                dist.all_reduce(tensor, group=self._gathers)
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrites ``tensor`` (contiguous) with rank 0's and returns it."""
         if self.world_size > 1:
-            dist.broadcast(tensor, group=self._group, group_src=0)
+            with self.explains():
+                dist.broadcast(tensor, group=self._gathers, group_src=0)
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:
@@ -103,7 +113,8 @@ class Collectives:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group=self._group, group_src=0)
+        with self.explains():
+            dist.broadcast_object_list(box, group=self._gathers, group_src=0)
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -111,36 +122,70 @@ class Collectives:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        with self.explains():
+            dist.all_gather_object(values, value, group=self._gathers)
         return values
+
+    @contextmanager
+    def explains(self) -> Iterator[None]:
+        """Around whatever waits for the ranks of the group, in this package or not.
+
+        Raises:
+            PeerError: it failed because another rank did; with that rank's own word.
+            StateError: the ranks have parted.
+        """
+        if self._parted:
+            raise StateError("a rank has failed and the ranks have parted; nothing can be exchanged any more")
+        with self._board.explains() if self._board is not None else nullcontext():
+            yield
+
+    def leave(self, word: str) -> None:
+        """This rank cannot go on: leaves ``word`` for the others and closes its connections, so that none waits for it.
+
+        On gloo only, where a wait for a closed connection ends. Under NCCL the others wait inside the device, until
+        their process group's timeout or their launcher ends them.
+        """
+        if self._board is None or self._parted:
+            return
+        self._board.post(word)
+        self._parted = True
+        groups, self._gathers, self._reduces = {self._gathers, self._reduces}, None, None
+        for group in groups - {dist.group.WORLD} if self._exchange else ():
+            dist.destroy_process_group(group)
+
+    def _works(self, works: Sequence[dist.Work], then: Callable[[], None] | None = None) -> Pending:
+        return _Works(works, then, self.explains)
+
+    def _swap(
+        self, group: dist.ProcessGroup | None, send: Callable[[int], Tensor], receive: Callable[[int], Tensor]
+    ) -> list[dist.Work]:
+        """Starts the exchange of one tensor with each other rank."""
+        works: list[dist.Work | None] = []
+        with self.explains():
+            for distance in range(1, self.world_size):
+                to, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
+                works.append(dist.isend(send(to), group=group, group_dst=to))
+                works.append(dist.irecv(receive(source), group=group, group_src=source))
+        return [work for work in works if work is not None]
 
 
 class _Works:
-    def __init__(self, works: Sequence[dist.Work], then: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        works: Sequence[dist.Work],
+        then: Callable[[], None] | None = None,
+        explains: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._works = works
         self._then = then
+        self._explains = explains
 
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        with self._explains():
+            for work in self._works:
+                work.wait()
         if self._then is not None:
             self._then()
 
 
 _DONE = _Works(())
-
-
-def _swap(
-    group: dist.ProcessGroup | None,
-    rank: int,
-    send: Callable[[int], Tensor],
-    receive: Callable[[int], Tensor],
-) -> list[dist.Work]:
-    """Starts the exchange of one tensor with each other rank."""
-    world_size = dist.get_world_size(group)
-    works: list[dist.Work | None] = []
-    for distance in range(1, world_size):
-        to, source = (rank + distance) % world_size, (rank - distance) % world_size
-        works.append(dist.isend(send(to), group=group, group_dst=to))
-        works.append(dist.irecv(receive(source), group=group, group_src=source))
-    return [work for work in works if work is not None]

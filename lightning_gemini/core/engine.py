@@ -151,6 +151,15 @@ class Engine:
         for optimizer in self.optimizers:
             optimizer.restore()
 
+    def leave(self, error: BaseException) -> None:
+        """This rank cannot go on because of ``error``; the other ranks end with its text instead of waiting for ever.
+
+        What is on this rank stays, but nothing can be gathered any more. On one rank nothing happens.
+        """
+        self.abort()
+        text = str(error).strip()
+        self.store.collectives.leave(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
     def grad_norm(self, optimizer: Optimizer | None = None, norm_type: float = 2.0) -> Tensor:
         """The norm of the gradients that wait for the step, over all ranks; all of them have to call.
 

@@ -25,3 +25,11 @@ class DisagreementError(GeminiError, RuntimeError):
 
 class StaleGraphError(GeminiError, RuntimeError):
     """A backward through a graph whose weights an optimizer step has changed since."""
+
+
+class PeerError(GeminiError, RuntimeError):
+    """Another rank failed, or its connection broke; the message carries what that rank said."""
+
+
+class HiddenReadError(GeminiError, RuntimeError):
+    """A parameter was read in a way that no hook sees, while its values were not there."""
