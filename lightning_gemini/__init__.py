@@ -4,6 +4,7 @@ Importing this package registers the strategies ``gemini``, ``gemini_device`` an
 """
 
 try:
+    from lightning_gemini.averaging import ShardedWeightAveraging
     from lightning_gemini.precision import GeminiPrecision
     from lightning_gemini.strategy import GeminiStrategy
 except ModuleNotFoundError as error:
@@ -12,4 +13,4 @@ except ModuleNotFoundError as error:
         raise
     __all__ = []
 else:
-    __all__ = ["GeminiPrecision", "GeminiStrategy"]
+    __all__ = ["GeminiPrecision", "GeminiStrategy", "ShardedWeightAveraging"]

@@ -32,6 +32,8 @@ from lightning_gemini.core import ConfigurationError
 
 StartMethod = Literal["auto", "popen", "spawn", "fork", "forkserver"]
 
+_LONGEST_SECONDS = 10 * 365 * 86400  # what a timedelta and the process groups can hold
+
 
 class RankStrategy(ParallelStrategy):
     """One process per device, on one or several machines; popen, multiprocessing, torchrun or SLURM."""
@@ -52,8 +54,9 @@ class RankStrategy(ParallelStrategy):
             raise ConfigurationError(
                 f"start_method must be one of {', '.join(get_args(StartMethod))}, got {start_method!r}."
             )
-        if timeout_seconds <= 0:
-            raise ConfigurationError(f"timeout_seconds must be positive, got {timeout_seconds!r}.")
+        number = isinstance(timeout_seconds, (int, float)) and not isinstance(timeout_seconds, bool)
+        if not number or not 0 < timeout_seconds < _LONGEST_SECONDS:
+            raise ConfigurationError(f"timeout_seconds must be a positive number of seconds, got {timeout_seconds!r}.")
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timedelta(seconds=timeout_seconds)

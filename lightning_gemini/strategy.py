@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gemini.core import ConfigurationError, Engine, shard
-from lightning_gemini.core.construct import leave_meta, load_on_meta
+from lightning_gemini.core.construct import leave_meta, load_on_meta, return_to_meta
 from lightning_gemini.core.memory import available_bytes, parse_bytes
+from lightning_gemini.even import even, require_even
 from lightning_gemini.precision import GeminiPrecision
 from lightning_gemini.ranks import RankStrategy, StartMethod
+from lightning_gemini.supported import require_supported
 
 Placement = Literal["auto", "device", "host", "cuda", "cpu"]
 
@@ -51,6 +53,8 @@ class GeminiStrategy(RankStrategy):
         chunk_size: Elements in a chunk; "auto" searches for the size that wastes the least.
         unit_modules: Classes of modules (by name) whose parameters become usable together; by default each module that
             owns parameters is on its own. Name a module that contains rank-dependent control flow.
+        check: Watch every step, not only the first of each kind, for reads of parameters that no hook sees (a loop over
+            self.parameters(), a weight in a list), serve them and name them in engine.hidden_reads.
         process_group_backend: Backend of torch.distributed; by default nccl for CUDA and gloo for the CPU.
         timeout_seconds: Seconds after which a collective that not all ranks have reached fails.
         start_method: How processes are started where no launcher did: "popen" runs the script again, "spawn", "fork"
@@ -74,6 +78,7 @@ class GeminiStrategy(RankStrategy):
         host_memory: int | float | str = "auto",
         chunk_size: int | Literal["auto"] = "auto",
         unit_modules: list[str] | None = None,
+        check: bool = False,
         process_group_backend: str | None = None,
         timeout_seconds: float = 1800.0,
         start_method: StartMethod = "auto",
@@ -93,7 +98,7 @@ class GeminiStrategy(RankStrategy):
             checkpoint_io,
             precision_plugin,
         )
-        if placement not in _PLACEMENTS:
+        if not isinstance(placement, str) or placement not in _PLACEMENTS:
             raise ConfigurationError(f"placement must be one of {', '.join(_PLACEMENTS)}, got {placement!r}.")
         if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size > 0):
             raise ConfigurationError(f"chunk_size must be 'auto' or a positive number of elements, got {chunk_size!r}.")
@@ -101,7 +106,8 @@ class GeminiStrategy(RankStrategy):
         self._device_memory = None if device_memory == "auto" else parse_bytes(device_memory, "device_memory")
         self._host_memory = None if host_memory == "auto" else parse_bytes(host_memory, "host_memory")
         self._chunk_size = chunk_size
-        self._unit_modules = tuple(unit_modules or ())
+        self._unit_modules = unit_modules or ()
+        self._check = check
         self._engine: Engine | None = None
         self._unbuilt: set[nn.Parameter] = set()
         self._failed = False
@@ -122,14 +128,18 @@ class GeminiStrategy(RankStrategy):
         return f"{self.engine.layout}\n{self.engine.memory_report()}"
 
     def summon_full_params(
-        self, module: nn.Module | None = None, writeback: bool = False
+        self, module: nn.Module | None = None, writeback: bool = False, with_grads: bool = False
     ) -> AbstractContextManager[None]:
         """Gives parameters their whole values inside the block; every rank has to enter. See :meth:`Engine.summon`."""
-        return self.engine.summon(module, writeback)
+        return self.engine.summon(module, writeback, with_grads=with_grads)
 
-    def grad_norm(self, norm_type: float = 2.0) -> Tensor:
-        """The norm of all gradients that wait for the step; every rank has to call. See :meth:`Engine.grad_norm`."""
-        return self.engine.grad_norm(None, norm_type)
+    def grad_norm(self, norm_type: float = 2.0, module: nn.Module | None = None) -> Tensor:
+        """The norm of the gradients that wait for the step; every rank has to call. See :meth:`Engine.grad_norm`."""
+        return self.engine.grad_norm(None, norm_type, module)
+
+    def grad_norms(self, norm_type: float = 2.0) -> dict[str, Tensor]:
+        """The norm of each parameter's gradient by name, for a logger; every rank has to call."""
+        return self.engine.grad_norms(norm_type)
 
     # Precision
 
@@ -163,17 +173,35 @@ class GeminiStrategy(RankStrategy):
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
         self._refuse_ignored_precision(trainer)
+        require_supported(trainer.callbacks)
         self._failed = False
-        self.model = self.precision_plugin.convert_module(self.lightning_module)
-        unbuilt = self._unbuilt | leave_meta(self.model, self.root_device)
-        self._unbuilt = set()
+        self.model = self.lightning_module
+        fitting = trainer.state.fn == TrainerFn.FITTING
         self._reset_optimizers_and_schedulers()
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.setup_optimizers(trainer)
-        self.setup_precision_plugin()
+        if not fitting and not any(True for _ in self.model.parameters()):
+            return  # nothing to shard, and nothing that needs it
+        unbuilt = self._unbuilt | leave_meta(self.model, self.root_device)
+        try:
+            if fitting:
+                self.setup_optimizers(trainer)
+            self.setup_precision_plugin()
+            self._engine = self._shard(unbuilt)
+        except BaseException:
+            return_to_meta(self.model, unbuilt)  # so that it can be tried again
+            raise
+        finally:
+            self._unbuilt = set()
+        self.model = self.precision_plugin.convert_module(self.lightning_module)
+        self.precision_plugin.engine = self._engine
+        for wrapper, chunks in zip(self._lightning_optimizers, self._engine.optimizers, strict=True):
+            # the wrapper inherits from the optimizer's class, so it would find that class's own method
+            wrapper.zero_grad = chunks.zero_grad  # type: ignore[method-assign]
+
+    def _shard(self, unbuilt: set[nn.Parameter]) -> Engine:
+        assert self.model is not None
         device_memory, host_memory = self._budgets()
         group, reduce_group = self.make_groups()
-        self._engine = shard(
+        return shard(
             self.model,
             self.optimizers,
             group=group,
@@ -186,11 +214,8 @@ class GeminiStrategy(RankStrategy):
             unit_modules=self._unit_modules,
             policy=self.precision_plugin.policy,
             unbuilt=unbuilt,
+            check=self._check,
         )
-        self.precision_plugin.engine = self._engine
-        for wrapper, chunks in zip(self._lightning_optimizers, self._engine.optimizers, strict=True):
-            # the wrapper inherits from the optimizer's class, so it would find that class's own method
-            wrapper.zero_grad = chunks.zero_grad  # type: ignore[method-assign]
 
     def _refuse_ignored_precision(self, trainer: L.Trainer) -> None:
         asked = trainer._accelerator_connector._precision_flag
@@ -264,27 +289,52 @@ class GeminiStrategy(RankStrategy):
     @contextmanager
     def _evaluation(self, name: str) -> Iterator[None]:
         # under NCCL Lightning evaluates in inference mode, and what is allocated there is of no use to a later step
-        with torch.inference_mode(False), torch.no_grad(), self.engine.forward(name):
+        step = self._engine.forward(name) if self._engine is not None else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), step:
             yield
+
+    def _before_evaluation(self, batches: Sequence[int | float], what: str) -> None:
+        if self._engine is not None:
+            self._engine.sync_buffers()
+            require_even(self._engine.store.collectives, batches, what)
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
 
     @override
     def on_validation_start(self) -> None:
-        self.engine.sync_buffers()
+        checking = self._trainer.sanity_checking
+        self._before_evaluation(
+            self._trainer.num_sanity_val_batches if checking else self._trainer.num_val_batches, "validation"
+        )
 
     @override
     def on_test_start(self) -> None:
-        self.engine.sync_buffers()
+        self._before_evaluation(self._trainer.num_test_batches, "test")
 
     @override
     def on_predict_start(self) -> None:
-        self.engine.sync_buffers()
+        self._before_evaluation(self._trainer.num_predict_batches, "prediction")
 
     @override
     def on_train_start(self) -> None:
         self.engine.check_model()
+        require_even(self.engine.store.collectives, [self._trainer.num_training_batches], "training")
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        return super().process_dataloader(even(dataloader, self._vote) if self.world_size > 1 else dataloader)
+
+    def _vote(self, more: bool) -> bool:
+        """Whether all ranks have another batch."""
+        flag = torch.tensor(float(not more), device=self.root_device)
+        return not self.engine.store.collectives.sum(flag).item()
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        self.engine.doubt(closure_loss)
         with self.engine.backward():
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 

@@ -34,7 +34,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         ({"chunk_size": 0}, r"chunk_size must be 'auto' or a positive number of elements, got 0"),
         ({"chunk_size": "big"}, r"chunk_size must be 'auto' .* got 'big'"),
         ({"start_method": "magic"}, r"start_method must be one of auto, popen, .* got 'magic'"),
-        ({"timeout_seconds": 0}, r"timeout_seconds must be positive, got 0"),
+        ({"timeout_seconds": 0}, r"timeout_seconds must be a positive number of seconds, got 0"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:

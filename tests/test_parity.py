@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_gemini.core import Home, shard
+from lightning_gemini.core import Home, StateError, shard
 from tests import cases
 from tests.ranks import run_ranks
 
@@ -15,7 +17,7 @@ STEPS = 4
 
 def train_sharded(name: str, home: Home, steps: int = STEPS) -> tuple[list[float], dict[str, torch.Tensor]]:
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model = cases.build(name)
+    case, model = cases.find(name), cases.build(name)
     optimizer = cases.adamw(name, model)
     engine = shard(
         model,
@@ -24,12 +26,13 @@ def train_sharded(name: str, home: Home, steps: int = STEPS) -> tuple[list[float
         reduce_group=dist.new_group() if ranks > 1 else None,
         home=home,
         chunk_size=2048,
-        **cases.CASES[name].options,
+        **case.options,
     )
     losses = []
     for step in cases.batches(name, steps, ranks):
-        loss = cases.CASES[name].loss(model, step[rank])
-        loss.backward()
+        with engine.forward() if case.scoped else nullcontext():
+            loss = case.loss(model, step[rank])
+        case.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -49,10 +52,24 @@ def test_one_rank_is_bit_exact(name: str, home: Home) -> None:
         assert torch.equal(params[key], value), key
 
 
+@pytest.mark.parametrize("home", list(Home), ids=lambda home: home.value)
+@pytest.mark.parametrize("name", cases.REFUSED)
+def test_what_is_refused(name: str, home: Home) -> None:
+    if home in cases.REFUSED[name].refused:
+        with pytest.raises(StateError, match=cases.REFUSED[name].refused[home]):
+            train_sharded(name, home)
+    else:
+        test_one_rank_is_bit_exact(name, home)
+
+
+def _several(name: str, homes: list[Home]) -> list[Home]:
+    return [home for home in homes if home in cases.CASES[name].several]
+
+
 def _train_all(names: list[str], homes: list[Home]) -> dict:
     problems = {}
     for name in names:
-        for home in homes:
+        for home in _several(name, homes):
             losses, params = train_sharded(name, home)
             if dist.get_rank() == 0:
                 problems[name, home] = (
@@ -67,7 +84,7 @@ def _check_ranks(names: list[str], homes: list[Home], ranks: int) -> None:
     wrong = []
     for name in names:
         expected_losses, expected, _ = cases.train_plain(name, STEPS, ranks)
-        for home in homes:
+        for home in _several(name, homes):
             losses, params = results[name, home]
             try:
                 torch.testing.assert_close(losses, expected_losses, rtol=2e-4, atol=2e-5)

@@ -10,29 +10,48 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gemini.core.chunk import Chunk, Home
-from lightning_gemini.core.errors import StaleGraphError, StateError
+from lightning_gemini.core.errors import HiddenReadError, StaleGraphError, StateError
 from lightning_gemini.core.units import Unit
 
 
 class ManagedParameters(dict[str, nn.Parameter | None]):
-    """A module's ``_parameters`` that makes a parameter usable when it is read, as ``module.weight`` does."""
+    """A module's ``_parameters`` that makes a parameter usable when it is read, as ``module.weight`` does.
+
+    Args:
+        read: called before a parameter is read outside of its unit's forward.
+        before_copy: called before this is copied or pickled; may refuse it.
+    """
 
     def __init__(
-        self, items: Mapping[str, nn.Parameter | None], unit: Unit, read: Callable[[nn.Parameter], None]
+        self,
+        items: Mapping[str, nn.Parameter | None],
+        unit: Unit,
+        read: Callable[[nn.Parameter], None],
+        before_copy: Callable[[], None],
     ) -> None:
         super().__init__(items)
         self._unit = unit
         self._read = read
+        self._before_copy = before_copy
+        self._originals: dict[str, nn.Parameter | None] = {}  # of what functional_call has exchanged
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
         param = dict.__getitem__(self, name)
-        if not self._unit.active and param is not None:
+        if not self._unit.active and param is not None and name not in self._originals:
             self._read(param)
         return param
 
     def __setitem__(self, name: str, value: nn.Parameter | None) -> None:
-        if name not in self or dict.__getitem__(self, name) is not value:
+        current = dict.get(self, name)
+        if name not in self:
             self._refuse(name)
+        elif name in self._originals and self._originals[name] is value:
+            del self._originals[name]
+        elif value is not current and name not in self._originals:
+            if type(value) is nn.Parameter or value is None:
+                self._refuse(name)
+            self._originals[name] = current  # torch.func.functional_call: it puts the parameter back
+        dict.__setitem__(self, name, value)
 
     def __delitem__(self, name: str) -> None:
         self._refuse(name)
@@ -45,13 +64,14 @@ class ManagedParameters(dict[str, nn.Parameter | None]):
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        self._before_copy()
         return dict, (dict(self),)  # a copy or a pickle belongs to no engine
 
 
-def manage(unit: Unit, read: Callable[[nn.Parameter], None]) -> None:
+def manage(unit: Unit, read: Callable[[nn.Parameter], None], before_copy: Callable[[], None]) -> None:
     """Has the parameters of ``unit`` announce their reads; not inside a compiled unit, whose graph it would split."""
     for module in () if unit.compiled else unit.owners:
-        module.__dict__["_parameters"] = ManagedParameters(module._parameters, unit, read)
+        module.__dict__["_parameters"] = ManagedParameters(module._parameters, unit, read, before_copy)
 
 
 def unmanage(unit: Unit) -> None:
@@ -82,7 +102,9 @@ class SavedTensors:
 
     def __init__(self, chunks: Sequence[Chunk], fetch: Callable[[Chunk], None]) -> None:
         self._fetch = fetch
-        self._by_storage = {c.full.untyped_storage()._cdata: c for c in chunks if c.home is not Home.FULL}
+        moved = [c for c in chunks if c.home is not Home.FULL]
+        self._by_storage: dict[int, Chunk | str] = {c.full.untyped_storage()._cdata: c for c in moved}
+        self._by_storage |= {cdata: name for c in moved for name, cdata in c.placeholder_storages()}
 
     def hooks(self) -> AbstractContextManager[Any]:
         """A context in which what autograd saves goes through here."""
@@ -93,6 +115,12 @@ class SavedTensors:
             chunk = self._by_storage.get(tensor.untyped_storage()._cdata)
         except (RuntimeError, NotImplementedError):
             return tensor  # no storage of the ordinary kind: sparse, a subclass, a functorch wrapper
+        if isinstance(chunk, str):
+            raise HiddenReadError(
+                f"an operation read {chunk} in a way that no hook sees (a loop over self.parameters(), a weight kept "
+                "in a list, functional_call) while its chunk was free, and got NaN. Run with check=True, which "
+                "serves and names such reads; or read it through its module. The weights are unchanged."
+            )
         return tensor if chunk is None else _Saved(chunk, tensor)
 
     def _unpack(self, saved: Tensor | _Saved) -> Tensor:

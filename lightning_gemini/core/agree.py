@@ -52,15 +52,21 @@ class TagBook:
         if not noted:
             return
         for (chunk, reason, _), found in zip(noted, torch.cat([tag for _, _, tag in noted]).tolist(), strict=True):
-            if found != chunk_tag(self._layout, chunk):
-                raise DisagreementError(self._explain(chunk, reason, found))
+            self.compare(chunk, found, reason)
 
-    def _explain(self, chunk: int, reason: str, found: int) -> str:
+    def compare(self, chunk: int, found: int, reason: str) -> None:
+        """Compares the tag that came with the one of ``chunk``, which this rank needed for ``reason``.
+
+        Raises:
+            DisagreementError: they differ.
+        """
+        if found == chunk_tag(self._layout, chunk):
+            return
         other = (found - self._layout.fingerprint) % 2**31
         known = other < len(self._layout.chunks)
-        return (
-            f"the ranks do not run the same units: this rank gathered chunk {chunk} for {reason}, but the last rank "
-            f"sent {f'chunk {other}' if known else 'something that is no chunk of this layout'}. Control flow must not "
-            "depend on the rank; if it has to, name a module around the branch in unit_modules, or keep all chunks "
-            "unsharded (placement='device' with room for them)."
+        raise DisagreementError(
+            f"the ranks do not run the same units: this rank gathered chunk {chunk} for {reason}, but another rank "
+            f"sent {f'chunk {other}' if known else 'a chunk of another size'}. Control flow must not depend on the "
+            "rank; if it has to, name a module around the branch in unit_modules, or keep all chunks unsharded "
+            "(placement='device' with room for them)."
         )

@@ -135,6 +135,17 @@ class Chunk:
         """Points the parameters at nothing of this chunk any more."""
         self._point_params_at(self._placeholders)
 
+    def strayed(self) -> list[str]:
+        """The names of parameters that have been given other data than this chunk's."""
+        bound = self._views if self.resident else self._placeholders
+        pairs = zip(self.names, self.params, bound, strict=True)
+        return [name for name, param, tensor in pairs if param.data_ptr() != tensor.data_ptr()]
+
+    def placeholder_storages(self) -> list[tuple[str, int]]:
+        """Each parameter's name, and the identity of the storage that it has while the chunk is free."""
+        pairs = zip(self.names, self._placeholders, strict=True)
+        return [(name, tensor.untyped_storage()._cdata) for name, tensor in pairs]
+
     def slot_at(self, offset: int) -> int:
         """The slot that holds element ``offset`` of the unsharded chunk."""
         return bisect_right(self._starts, offset) - 1

@@ -6,13 +6,17 @@ units, reductions follow the layout, and how the two interleave may differ from 
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from lightning_gemini.core.errors import StateError
 from lightning_gemini.core.peers import Board
@@ -26,6 +30,9 @@ class Pending(Protocol):
     """A collective under way; ``wait`` may be called once."""
 
     def wait(self) -> None: ...
+
+    def done(self, seconds: float) -> bool:
+        """Whether :meth:`wait` would not block, now or within ``seconds``."""
 
 
 class Collectives:
@@ -42,8 +49,9 @@ class Collectives:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
         self._exchange = group is not None and dist.get_backend(group) == "gloo"
-        self._board = None if group is None else Board(group)
+        self._board = None if group is None else _new_board(group)
         self._parted = False
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="gemini-wait") if self._exchange else None
 
     def shard_of(self, full: Tensor) -> Tensor:
         """This rank's slice of a flat buffer, a view."""
@@ -61,6 +69,26 @@ class Collectives:
         # gloo's own all-gather takes twice the time of sends and receives straight into place
         slices = raw.chunk(self.world_size)
         return self._works(self._swap(self._gathers, lambda _: slices[self.rank], lambda peer: slices[peer]))
+
+    def exchange_marks(self, mark: int, room: int) -> list[int]:
+        """Tells the other ranks which buffer this one is about to gather, where gloo would crash if they differed.
+
+        A message that is longer than the buffer it arrives in ends a gloo process without a word, so what is not as
+        long as most has to be announced; a mark may also meet a whole slice of another buffer.
+
+        Args:
+            mark: an int32 that identifies the buffer.
+            room: bytes of the longest slice that may come in a mark's place.
+
+        Returns:
+            what came from the others, marks if all goes well; nothing on other backends than gloo.
+        """
+        if not self._exchange:
+            return []
+        own = torch.tensor([mark], dtype=torch.int32)
+        received = {r: torch.empty(max(room, 4), dtype=torch.uint8) for r in range(self.world_size) if r != self.rank}
+        self._works(self._swap(self._gathers, lambda _: own.view(torch.uint8), lambda peer: received[peer])).wait()
+        return [int(found[:4].view(torch.int32).item()) for found in received.values()]
 
     def reduce_scatter(self, full: Tensor, out: Tensor, scratch: Tensor | None) -> Pending:
         """Sums ``full`` (flat) over the ranks; ``out`` gets this rank's slice.
@@ -88,7 +116,7 @@ class Collectives:
             for part in received[2:]:
                 out.add_(part)
 
-        return self._works(works, add_up)
+        return _Works(works, add_up, self.explains, self._waiter)
 
     def scratch_numel(self, full_numel: int) -> int:
         """Elements of scratch space that :meth:`reduce_scatter` wants for a buffer of ``full_numel`` elements."""
@@ -170,22 +198,56 @@ class Collectives:
 
 
 class _Works:
+    """Works of one collective.
+
+    Args:
+        then: what is left to do when all have come.
+        explains: around the wait.
+        waiter: waits in the background, for a backend that cannot say whether a send or a receive is over (gloo).
+    """
+
     def __init__(
         self,
         works: Sequence[dist.Work],
         then: Callable[[], None] | None = None,
         explains: Callable[[], AbstractContextManager[None]] = nullcontext,
+        waiter: Executor | None = None,
     ) -> None:
         self._works = works
         self._then = then
         self._explains = explains
+        self._waited: Future[None] | None = None if waiter is None else waiter.submit(self._wait_for_all)
+
+    def done(self, seconds: float) -> bool:
+        if self._waited is not None:
+            return bool(wait([self._waited], seconds).done)
+        deadline = time.monotonic() + seconds
+        while not (over := all(work.is_completed() for work in self._works)) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        return over
 
     def wait(self) -> None:
         with self._explains():
-            for work in self._works:
-                work.wait()
+            if self._waited is not None:
+                self._waited.result()
+            else:
+                self._wait_for_all()
         if self._then is not None:
             self._then()
 
+    def _wait_for_all(self) -> None:
+        for work in self._works:
+            work.wait()
+
 
 _DONE = _Works(())
+
+
+_boards: Counter[str] = Counter()
+
+
+def _new_board(group: dist.ProcessGroup) -> Board:
+    """A board of its own for each user of a group; all ranks make theirs in the same order."""
+    name = f"lightning_gemini/{_boards[group.group_name]}"
+    _boards[group.group_name] += 1
+    return Board(PrefixStore(name, group.get_group_store()), dist.get_rank(group), dist.get_world_size(group))

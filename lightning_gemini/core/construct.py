@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,18 +26,26 @@ def leave_meta(root: nn.Module, device: torch.device) -> set[nn.Parameter]:
         the parameters that were on ``meta`` and have no values yet.
     """
     unbuilt = {param for param in root.parameters() if param.is_meta}
-    recurrent = [
-        m for m in root.modules() if isinstance(m, nn.RNNBase) and unbuilt.intersection(m._parameters.values())
-    ]
+    _exchange(root, unbuilt, lambda param: placeholder(param.shape, param.dtype, device))
+    return unbuilt
+
+
+def return_to_meta(root: nn.Module, unbuilt: set[nn.Parameter]) -> None:
+    """Undoes :func:`leave_meta`, for a model that could not be laid out."""
+    _exchange(root, unbuilt, lambda param: torch.empty_like(param, device="meta"))
+
+
+def _exchange(root: nn.Module, params: set[nn.Parameter], make: Callable[[nn.Parameter], Tensor]) -> None:
+    """Gives each of ``params`` the data that ``make`` makes, on another device, and leaves its identity."""
+    recurrent = [m for m in root.modules() if isinstance(m, nn.RNNBase) and params.intersection(m._parameters.values())]
     for module in recurrent:
         module._flat_weight_refs = []  # nobody may hold a weak reference to a tensor that is swapped
-    for param in unbuilt:
-        empty = nn.Parameter(placeholder(param.shape, param.dtype, device), requires_grad=param.requires_grad)
-        empty.__dict__.update(param.__dict__)
-        torch.utils.swap_tensors(param, empty)
+    for param in params:
+        other = nn.Parameter(make(param), requires_grad=param.requires_grad)
+        other.__dict__.update(param.__dict__)
+        torch.utils.swap_tensors(param, other)
     for module in recurrent:
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
-    return unbuilt
 
 
 def load_on_meta(root: nn.Module, state: Mapping[str, Any], strict: bool) -> set[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def unhooked_step(optimizer: Optimizer) -> Any:
 
 
 def require_elementwise(optimizer: Optimizer, name: str, device: torch.device) -> None:
-    """Runs the optimizer's rule on a matrix and on the same numbers in two flat pieces, and compares.
+    """Runs the optimizer's rule on a matrix and on the same numbers in two flat pieces, one by one, and compares.
 
     Raises:
         ConfigurationError: they differ, so shards would be updated wrongly; ``name`` says which optimizer it is.
@@ -44,7 +45,8 @@ def require_elementwise(optimizer: Optimizer, name: str, device: torch.device) -
         if not group["params"]:
             continue
         try:
-            whole, pieces = _try(optimizer, group, device)
+            with torch.random.fork_rng(devices=[]):
+                whole, pieces = _try(optimizer, group, device)
             problem = _compare(whole, pieces)
         except Exception as error:  # whatever the rule says to flat parameters
             problem = f"on flat shards its step fails with {type(error).__name__}: {error}"
@@ -60,17 +62,28 @@ def require_elementwise(optimizer: Optimizer, name: str, device: torch.device) -
 def _try(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     values, *grads = (torch.randn(_SHAPE, generator=generator).to(device) for _ in range(_STEPS + 1))
-    whole = [nn.Parameter(values.clone())]
-    pieces = [nn.Parameter(part.clone()) for part in values.flatten().split([_CUT, values.numel() - _CUT])]
-    for params in (whole, pieces):
-        clone = _clone(optimizer, group, params)
-        for grad in grads:
-            parts = [grad] if len(params) == 1 else grad.flatten().split([_CUT, values.numel() - _CUT])
-            for param, part in zip(params, parts, strict=True):
-                param.grad = part.clone()
+    whole = _train(optimizer, group, [values], [[grad] for grad in grads])
+    cut = [_CUT, values.numel() - _CUT]
+    pieces = _train(optimizer, group, values.flatten().split(cut), [grad.flatten().split(cut) for grad in grads])
+    return whole.flatten(), pieces
+
+
+def _train(
+    optimizer: Optimizer, group: dict[str, Any], values: Sequence[Tensor], steps: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Steps as chunks are updated: the rule called for one piece after the other, the settings put back in between."""
+    params = [nn.Parameter(value.clone()) for value in values]
+    clone = _clone(optimizer, group, params)
+    (settings,) = clone.param_groups
+    for grads in steps:
+        before = dict(settings)
+        for param, grad in zip(params, grads, strict=True):
+            settings.clear()
+            settings.update(before, params=[param])
+            param.grad = grad.clone()
             with torch.enable_grad():
                 unhooked_step(optimizer)(clone)
-    return whole[0].detach().flatten(), torch.cat([p.detach() for p in pieces])
+    return torch.cat([param.detach().flatten() for param in params])
 
 
 def _clone(optimizer: Optimizer, group: dict[str, Any], params: list[nn.Parameter]) -> Optimizer:
@@ -86,7 +99,8 @@ def _clone(optimizer: Optimizer, group: dict[str, Any], params: list[nn.Paramete
         settings["lr"] = 0.01  # a warm-up may have set it to zero, and nothing would move
     clone.param_groups = [{**settings, "params": params}]
     clone.state = defaultdict(dict)
-    sample = next((p for p in group["params"] if p in optimizer.state), None)
+    made = [p for p in group["params"] if p in optimizer.state]
+    sample = max(made, key=Tensor.dim, default=None)  # a 0-d parameter's state looks like a counter
     if sample is not None:  # some, such as Adagrad, make their state in the constructor
         for param in params:
             clone.state[param] = {key: _like(value, sample, param) for key, value in optimizer.state[sample].items()}

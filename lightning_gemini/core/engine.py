@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from lightning_gemini.core import optimizer_state
-from lightning_gemini.core.access import SavedTensors, manage, unmanage
+from lightning_gemini.core import norms, optimizer_state
+from lightning_gemini.core.access import manage, unmanage
+from lightning_gemini.core.average import ShardAverage
 from lightning_gemini.core.buffers import Buffers
+from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.dtypes import DtypePolicy
-from lightning_gemini.core.errors import ConfigurationError, DisagreementError, StateError
-from lightning_gemini.core.gradients import ChunkGradient, Gradients
-from lightning_gemini.core.hooks import Hooks
+from lightning_gemini.core.errors import (
+    ConfigurationError,
+    DisagreementError,
+    GeminiError,
+    StateError,
+)
+from lightning_gemini.core.gradients import Gradients
+from lightning_gemini.core.guard import Guard
 from lightning_gemini.core.layout import Layout
 from lightning_gemini.core.report import memory_report
 from lightning_gemini.core.schedule import Schedule
+from lightning_gemini.core.step import Step
 from lightning_gemini.core.store import Counters, Store
 from lightning_gemini.core.summon import Summoner
 from lightning_gemini.core.units import Unit
 from lightning_gemini.core.update import ChunkUpdate, OptimizerOnChunks
-from lightning_gemini.core.use import Use, Uses
 
 
 class Phase(Enum):
@@ -54,6 +62,7 @@ class Engine:
         optimizers: Sequence[Optimizer],
         units: Sequence[Unit],
         policy: DtypePolicy,
+        check: bool = False,
     ) -> None:
         self.model = model
         self.layout: Layout = store.layout
@@ -67,10 +76,19 @@ class Engine:
         self._buffers = Buffers(model, store.collectives)
         self._buffers.sync_all()
         self.units = list(units)
-        self._uses = Uses(store, self._schedule, self.units)
-        self._saved = SavedTensors(store.chunks, self._uses.unpack)
-        self._saved_context: AbstractContextManager[Any] | None = None
+        self._step = Step(
+            params,
+            self.units,
+            store,
+            self._schedule,
+            self._gradients,
+            check,
+            lambda: self._phase is Phase.LIVE,
+            self.abort,
+        )
+        self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: self._phase is not Phase.LIVE)
         updates = {index: ChunkUpdate(store, gradient) for index, gradient in self._gradients.chunks.items()}
+        self._state_hooks: list[RemovableHandle] = []
         self.optimizers = [
             OptimizerOnChunks(
                 optimizer,
@@ -78,18 +96,17 @@ class Engine:
                 store,
                 self._schedule,
                 self._gradients,
-                self._notice_failure,
+                self._step.notice_failure,
                 self._before_update,
+                self._guard.updated,
             )
             for index, optimizer in enumerate(optimizers)
         ]
-        trained = {i: p for i, p in enumerate(params) if self.layout.params[i].trainable}
-        # parameters that are never freed need no forward hooks
-        self._hooks = Hooks(self, self.units if self._schedule.moving else (), trained)
         for unit in self.units:
-            manage(unit, self._read)
+            manage(unit, self._step.read, self._guard.before_copy)
         for chunks in self.optimizers:
             self._adopt_state(chunks)
+            self._state_hooks += optimizer_state.attach(chunks, store, self._index_of)
 
     @property
     def counters(self) -> Counters:
@@ -107,31 +124,19 @@ class Engine:
         An exception inside drops what was under way; weights and optimizer states stay as they were.
         """
         self._require_live("run a step")
-        if not self._schedule.moving:
+        with self._step.forward(name):
             yield
-            return
-        self._uses.enter_scope(name)
-        try:
-            with self._saved.hooks():
-                yield
-        except BaseException:
-            self.abort()
-            raise
-        self._uses.exit_scope()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Around one backward, or several that are to be reduced as one.
 
-        Without it the end of a backward is found from autograd, which needs every rank to have a gradient in it.
+        Without it the end of a backward is found from autograd, which needs every rank to have a gradient in it. With
+        it ``p.grad`` then says where the gradient is (see :class:`StandIn`).
         """
         self._require_live("run a backward")
-        try:
-            with self._hooks.backward():
-                yield
-        except BaseException:
-            self.abort()
-            raise
+        with self._step.backward():
+            yield
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -144,8 +149,7 @@ class Engine:
 
     def abort(self) -> None:
         """Drops the forward and the backward under way. Weights, states and accumulated gradients stay."""
-        self._hooks.reset()
-        self._uses.reset()
+        self._step.reset()
         self._gradients.reset()
         self._schedule.reset()
         for optimizer in self.optimizers:
@@ -160,19 +164,41 @@ class Engine:
         text = str(error).strip()
         self.store.collectives.leave(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
-    def grad_norm(self, optimizer: Optimizer | None = None, norm_type: float = 2.0) -> Tensor:
+    def doubt(self, loss: Tensor) -> None:
+        """Has the next step fail if ``loss`` is not finite though it should be; see ``hidden``."""
+        if self._schedule.moving:
+            self._step.hidden.doubt(loss)
+
+    @property
+    def hidden_reads(self) -> list[str]:
+        """The parameters that were read in ways that no hook sees, as far as steps were watched."""
+        return list(self._step.hidden.found)
+
+    def grad_norm(
+        self, optimizer: Optimizer | None = None, norm_type: float = 2.0, module: nn.Module | None = None
+    ) -> Tensor:
         """The norm of the gradients that wait for the step, over all ranks; all of them have to call.
 
         Args:
             optimizer: only of what this one updates; of everything if ``None``.
             norm_type: the p of the p-norm, or infinity.
+            module: only of the parameters of this one and what is inside it.
 
         Returns:
             an fp32 scalar on the device.
         """
-        gradients = self._gradients_of(optimizer)
-        self._gradients.agree(gradients, [])
-        return self._gradients.norm(gradients, norm_type)
+        if module is not None:
+            every = self.grad_norms(norm_type)
+            wanted = {self.layout.params[self._index_of[p]].name for p in module.parameters() if p in self._index_of}
+            parts = [norm for name, norm in every.items() if name in wanted]
+            zero = torch.zeros((), device=self.store.device.device)
+            norm: Tensor = torch.linalg.vector_norm(torch.stack([zero, *parts]), norm_type)
+            return norm
+        return norms.total_norm(self.store, self._agreed(optimizer), norm_type)
+
+    def grad_norms(self, norm_type: float = 2.0) -> dict[str, Tensor]:
+        """The norm of each parameter's gradient by the parameter's name; all ranks have to call."""
+        return norms.norms_by_name(self.store, self._agreed(None), norm_type)
 
     def clip_grad_norm(self, optimizer: Optimizer | None, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales the gradients so that their norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does.
@@ -181,23 +207,20 @@ class Engine:
             the norm before, an fp32 scalar on the device.
         """
         norm = self.grad_norm(optimizer, norm_type)
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in self._gradients_of(optimizer):
-            if gradient.shard is not None:
-                gradient.shard.mul_(factor.to(gradient.shard.device))
+        norms.clip_by_norm(self._gradients_of(optimizer), norm, max_norm)
         return norm
 
     def clip_grad_value(self, optimizer: Optimizer | None, clip_value: float) -> None:
         """Clamps each element of the gradients to ``[-clip_value, clip_value]``; all ranks have to call."""
-        gradients = self._gradients_of(optimizer)
-        self._gradients.agree(gradients, [])
-        for gradient in gradients:
-            if gradient.shard is not None:
-                gradient.shard.clamp_(-clip_value, clip_value)
+        norms.clip_by_value(self._agreed(optimizer), clip_value)
 
     @contextmanager
     def summon(
-        self, module: nn.Module | None = None, writeback: bool = False, rank0_only: bool = False
+        self,
+        module: nn.Module | None = None,
+        writeback: bool = False,
+        rank0_only: bool = False,
+        with_grads: bool = False,
     ) -> Iterator[None]:
         """Gives parameters their whole values, as ordinary tensors; on all ranks, which have to enter together.
 
@@ -205,25 +228,39 @@ class Engine:
             module: only the parameters of this one and what is inside it.
             writeback: whether changes are kept; rank 0's count.
             rank0_only: leave the other ranks' parameters as they are, and put the values in host memory.
+            with_grads: give parameters their whole gradients in ``.grad`` too, after a backward; changes are not kept.
         """
         self._require_live("summon parameters")
-        if self._uses.running:
+        if self._step.uses.running:
             raise StateError("parameters cannot be summoned inside a forward or a step; do it before or after")
         if writeback and rank0_only:
             raise ConfigurationError("summon with writeback=True needs the values on all ranks, not on rank 0 only")
+        self._guard.check()
         self._schedule.reset()
         wanted = {self._index_of[p] for p in (module or self.model).parameters() if p in self._index_of}
         self._phase = Phase.SUMMONED
         try:
             where = self.store.host.device if rank0_only else self.store.device.device
             self._summoner.bind(wanted, where, everywhere=not rank0_only)
+            self._step.stand_ins.forget()
+            if with_grads:
+                self._summoner.bind_grads(wanted, self._agreed(None), where, everywhere=not rank0_only)
             yield
             if writeback:
                 self._summoner.write_back(wanted)
         finally:
+            for param in self._params if with_grads else ():
+                param.grad = None
             for chunk in self.store.chunks:
                 chunk.rebind()
+            self._step.stand_ins.place()
+            self._guard.note()
             self._phase = Phase.LIVE
+
+    def average(self) -> ShardAverage:
+        """A new average of the weights, which starts as a copy of them; see :class:`ShardAverage`."""
+        self._require_live("average the weights")
+        return ShardAverage(self.store, self._schedule.renew)
 
     def memory_report(self) -> str:
         """This rank's bytes per tier, now and at the peak, and what has been moved."""
@@ -241,7 +278,10 @@ class Engine:
         self.abort()
         for optimizer in self.optimizers:
             optimizer.remove()
-        self._hooks.remove()
+        for handle in self._state_hooks:
+            handle.remove()
+        self._step.remove()
+        self._guard.remove()
         for unit in self.units:
             unmanage(unit)
         if keep_weights or self.store.collectives.world_size == 1:
@@ -270,7 +310,8 @@ class Engine:
         optimizer_state.load_state_dict(self._on_chunks(optimizer), self.store, self._index_of, state)
 
     def check_model(self) -> None:
-        """Raises ConfigurationError if the model has other parameters than when it was laid out."""
+        """Raises ConfigurationError if the model has other parameters than when it was laid out, StateError if one was
+        given other values or another dtype since."""
         now = dict.fromkeys(self.model.parameters())
         new = [name for name, param in self.model.named_parameters() if param not in self._index_of]
         gone = [spec.name for spec, param in zip(self.layout.params, self._params, strict=True) if param not in now]
@@ -280,60 +321,22 @@ class Engine:
                 + "; ".join(f"{what}: {', '.join(names)}" for what, names in (("new", new), ("gone", gone)) if names)
                 + ". Change the model in __init__, setup or configure_model, before fit lays it out."
             )
-
-    # What the hooks report (see hooks.Events)
-
-    def pre_forward(self, unit: Unit) -> None:
-        if self._phase is not Phase.LIVE:
-            return
-        outermost = not self._uses.running and torch._C._current_graph_task_id() == -1
-        self._uses.pre_forward(unit)
-        if outermost and torch.is_grad_enabled():
-            self._saved_context = self._saved.hooks()
-            self._saved_context.__enter__()
-
-    def post_forward(self, unit: Unit) -> Use:
-        if self._phase is not Phase.LIVE:
-            return ()
-        use = self._uses.post_forward(unit)
-        if self._saved_context is not None and not self._uses.running:
-            context, self._saved_context = self._saved_context, None
-            context.__exit__(None, None, None)
-        return use
-
-    def pre_backward(self, unit: Unit, use: Use) -> None:
-        self._uses.pre_backward(unit, use)
-
-    def post_backward(self, use: Use) -> None:
-        self._uses.post_backward(use)
-
-    def gradient(self, param: int, grad: Tensor) -> None:
-        self._gradients.add(param, grad)
-
-    def backward_over(self) -> None:
-        self._gradients.end_backward()
-        self._uses.backward_over()
-
-    def backward_failed(self) -> None:
-        self.abort()
-
-    def _read(self, param: nn.Parameter) -> None:
-        if self._schedule.moving and self._phase is Phase.LIVE:
-            index = self._index_of[param]
-            self._uses.read(index, self.layout.params[index].name)
-
-    def _notice_failure(self) -> None:
-        self._hooks.abandon_stale()
+        self._guard.check()
 
     def _before_update(self, gradients: list[ChunkGradient]) -> None:
         self._require_live("take a step")
-        self._uses.check_idle()
-        failure: DisagreementError | None = None
+        self._step.uses.check_idle()
+        failure: GeminiError | None = None
         try:
+            self._step.stand_ins.take()
+            self._guard.check()
             self.store.tags.settle()
-        except DisagreementError as error:
+            self._step.hidden.settle()
+        except GeminiError as error:
             failure = error
         failed, *changed = self._gradients.agree(gradients, [failure is not None, *self._buffers.changed()])
+        if failed:
+            self._gradients.discard(gradients)  # they may be what was wrong
         if failure is not None:
             raise failure
         if failed:
@@ -350,6 +353,15 @@ class Engine:
 
     def _by_index(self, state: Mapping[Any, Any]) -> dict[int, dict[str, Any]]:
         return {self._index_of[param]: dict(values) for param, values in state.items()}
+
+    def _is_whole(self) -> bool:
+        exact = not self._schedule.moving and not self.store.masters
+        return exact if self._phase is Phase.LIVE else True
+
+    def _agreed(self, optimizer: Optimizer | None) -> list[ChunkGradient]:
+        gradients = self._gradients_of(optimizer)
+        self._gradients.agree(gradients, [])
+        return gradients
 
     def _gradients_of(self, optimizer: Optimizer | None) -> list[ChunkGradient]:
         if optimizer is None:

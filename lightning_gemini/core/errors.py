@@ -33,3 +33,7 @@ class PeerError(GeminiError, RuntimeError):
 
 class HiddenReadError(GeminiError, RuntimeError):
     """A parameter was read in a way that no hook sees, while its values were not there."""
+
+
+class NonFiniteError(GeminiError, ArithmeticError):
+    """A value that must be finite is NaN or infinite; weights and states are as they were before the step."""

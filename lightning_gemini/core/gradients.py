@@ -16,110 +16,25 @@ parts as it got.
 from __future__ import annotations
 
 from collections import deque
-from enum import Enum
 
 import torch
 from torch import Tensor
 
 from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState
 from lightning_gemini.core.collectives import Pending
 from lightning_gemini.core.dtypes import DtypePolicy
-from lightning_gemini.core.errors import ConfigurationError, StateError
+from lightning_gemini.core.errors import ConfigurationError, OutOfBudgetError
 from lightning_gemini.core.memory import BufferPool
 from lightning_gemini.core.store import Store
 
-_MAX_IN_FLIGHT = 2
+#: Reductions under way at a time, as long as all ranks come to them at about the same time. A rank that has no
+#: gradient for a chunk comes to its reduction only when its backward is over, and may until then wait for the others in
+#: a gather: after this many seconds they go on and leave the reduction for later.
+_MAX_IN_FLIGHT, _PATIENCE_SECONDS = 2, 1.0
 
 #: Buffers of this part of the parameters' bytes stay from one backward to the next: page faults cost 2% of a step.
 _SPARED_SHARE = 8
-
-
-class GradientState(Enum):
-    """Where a chunk's gradient is in the present backward, and what that costs beside the reduced shard."""
-
-    EMPTY = "empty"  #: nothing has come: no memory
-    FILLING = "filling"  #: some parameters' gradients are in: a buffer as long as the chunk
-    READY = "ready"  #: all are in, it waits for its turn: the same buffer
-    REDUCING = "reducing"  #: the collective runs: the same buffer, and the shard to come
-
-
-_TRANSITIONS = {
-    (GradientState.EMPTY, GradientState.FILLING),
-    (GradientState.FILLING, GradientState.READY),
-    (GradientState.READY, GradientState.REDUCING),
-    (GradientState.REDUCING, GradientState.EMPTY),
-}
-
-
-class ChunkGradient:
-    """The gradient of one chunk.
-
-    Attributes:
-        shard: the reduced mean of this rank's part, summed over the backwards since the last step; ``None`` before the
-            first. In the compute dtype after one backward, in fp32 while accumulating.
-        used: for each slot, whether a gradient has come since the last step (on any rank, once the ranks have agreed).
-    """
-
-    def __init__(self, chunk: Chunk) -> None:
-        self.chunk = chunk
-        self.shard: Tensor | None = None
-        self.used = [False] * len(chunk.params)
-        self.state = GradientState.EMPTY
-        self.buffer: Tensor | None = None
-        self.reduced = False  # in this backward
-        self._arrived = [False] * len(chunk.params)
-        self._arrivals = [0] * len(chunk.params)
-        self._expected = [1] * len(chunk.params)
-        self._missing = len(chunk.params)
-        ends = [0, *(slot.end for slot in chunk.spec.slots)]
-        starts = [*(slot.offset for slot in chunk.spec.slots), chunk.spec.numel]
-        self._gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
-
-    def move(self, state: GradientState) -> None:
-        if (self.state, state) not in _TRANSITIONS:
-            raise StateError(
-                f"the gradient of chunk {self.chunk.index} cannot go from {self.state.name} to {state.name}"
-            )
-        self.state = state
-
-    def open(self, buffer: Tensor) -> None:
-        """EMPTY -> FILLING."""
-        self.move(GradientState.FILLING)
-        for start, stop in self._gaps:
-            buffer[start:stop].zero_()
-        self.buffer = buffer
-        self._arrived = [False] * len(self._arrivals)
-
-    def fill(self, slot: int, grad: Tensor) -> bool:
-        """Copies one parameter's gradient in, or adds it to what came before; returns whether it was the last."""
-        assert self.buffer is not None
-        view = self.chunk.view_in(self.buffer, slot)
-        if self._arrived[slot]:
-            view.add_(grad)
-        else:
-            view.copy_(grad)
-            self._arrived[slot] = True
-        self.used[slot] = True
-        self._arrivals[slot] += 1
-        if self._arrivals[slot] == self._expected[slot]:
-            self._missing -= 1
-        return self._missing == 0
-
-    def complete(self) -> None:
-        """FILLING -> READY; parameters without a gradient get zeros."""
-        assert self.buffer is not None
-        for slot, arrived in enumerate(self._arrived):
-            if not arrived:
-                self.chunk.view_in(self.buffer, slot).zero_()
-        self.move(GradientState.READY)
-
-    def end_backward(self) -> None:
-        """Learns how many parts each gradient came in, and starts to count anew."""
-        for slot, arrivals in enumerate(self._arrivals):
-            self._expected[slot] = max(self._expected[slot], arrivals)
-            self._arrivals[slot] = 0
-        self._missing = len(self._arrivals)
-        self.reduced = False
 
 
 class Gradients:
@@ -142,7 +57,9 @@ class Gradients:
         self._spared = store.layout.nbytes // _SPARED_SHARE if store.device.capacity is None else 0
         self._shards = {False: BufferPool(store.device), True: BufferPool(store.host)}  # by whether on the host
         self.chunks: dict[int, ChunkGradient] = {
-            chunk.index: ChunkGradient(chunk) for chunk in store.chunks if chunk.spec.kind.updated
+            chunk.index: ChunkGradient(chunk, [store.owned(chunk.index, s.offset, s.end) for s in chunk.spec.slots])
+            for chunk in store.chunks
+            if chunk.spec.kind.updated
         }
         self._where = {
             place.param: (gradient, slot)
@@ -151,6 +68,7 @@ class Gradients:
         }
         self._order = [self.chunks[index] for index in store.layout.reduce_order]
         self._next = 0
+        self._in_step = True  # the ranks have come to each reduction at about the same time
         self._completed: list[int] | None = []  # indices, until the order is learnt
         self._in_flight: deque[tuple[ChunkGradient, Pending, Tensor, Tensor | None]] = deque()
         self.accumulating = False
@@ -178,6 +96,11 @@ class Gradients:
         if last and gradient.state is GradientState.FILLING and not gradient.reduced:
             self._complete(gradient)
             self._advance()
+
+    @property
+    def begun(self) -> bool:
+        """Whether any gradient has come in the backward under way."""
+        return self._next > 0 or any(g.state is not GradientState.EMPTY or g.reduced for g in self._order)
 
     def end_backward(self) -> None:
         """The outermost backward is over: reduces what is left, and waits for all of it."""
@@ -228,22 +151,6 @@ class Gradients:
         self._learn_order()
         return votes[: len(flags)]
 
-    def norm(self, chunks: list[ChunkGradient], norm_type: float = 2.0) -> Tensor:
-        """The norm over all ranks and all parameters of ``chunks``; a scalar on the device, fp32."""
-        device = self._store.device.device
-        parts = [
-            torch.linalg.vector_norm(g.shard, norm_type, dtype=torch.promote_types(g.shard.dtype, torch.float32))
-            for g in chunks
-            if g.shard is not None
-        ]
-        local = torch.stack([part.real.to(device) for part in parts]) if parts else torch.zeros(1, device=device)
-        if norm_type == float("inf"):
-            # one value a rank: the collective there is sums
-            every = torch.zeros(self._collectives.world_size, device=device)
-            every[self._collectives.rank] = local.max()
-            return self._collectives.sum(every).max()
-        return self._collectives.sum(local.pow(norm_type).sum()).pow(1 / norm_type)
-
     def discard(self, chunks: list[ChunkGradient]) -> None:
         """Forgets the gradients of ``chunks``, reduced or not."""
         for gradient in chunks:
@@ -263,7 +170,8 @@ class Gradients:
         for gradient in self.chunks.values():
             if gradient.buffer is not None:
                 self._store.device.give(gradient.buffer.nbytes)
-            gradient.buffer, gradient.state = None, GradientState.EMPTY
+                gradient.buffer = None
+                gradient.move(GradientState.EMPTY)
             gradient.end_backward()
         self._transient.clear()
 
@@ -279,7 +187,7 @@ class Gradients:
         if self._collectives.world_size > 1:
             dtype = self._policy.reduce_dtype(dtype)
         what = f"the gradient of chunk {gradient.chunk.index}"
-        gradient.open(self._buffer_pool(gradient.chunk).get(gradient.chunk.spec.numel, dtype, what))
+        gradient.open(self._get(self._buffer_pool(gradient.chunk), gradient.chunk.spec.numel, dtype, what))
 
     def _complete(self, gradient: ChunkGradient) -> None:
         gradient.complete()
@@ -314,11 +222,11 @@ class Gradients:
             gradient.move(GradientState.EMPTY)
             self._keep(gradient, full)
             return
-        while len(self._in_flight) >= _MAX_IN_FLIGHT:
-            self._finish_oldest()
-        out = self._result_pool(gradient.chunk).get(gradient.chunk.own.numel(), full.dtype, what)
+        while len(self._in_flight) >= _MAX_IN_FLIGHT and self._finish_if_done():
+            pass
+        out = self._get(self._result_pool(gradient.chunk), gradient.chunk.own.numel(), full.dtype, what)
         scratch_numel = self._collectives.scratch_numel(full.numel())
-        scratch = self._transient.get(scratch_numel, full.dtype, what) if scratch_numel else None
+        scratch = self._get(self._transient, scratch_numel, full.dtype, what) if scratch_numel else None
         pending = self._collectives.reduce_scatter(full, out, scratch)
         self._in_flight.append((gradient, pending, out, scratch))
         self._store.counters.reduces += 1
@@ -327,6 +235,24 @@ class Gradients:
     def _settle(self) -> None:
         while self._in_flight:
             self._finish_oldest()
+
+    def _get(self, pool: BufferPool, numel: int, dtype: torch.dtype, what: str) -> Tensor:
+        """A buffer, if need be one that a reduction gives back."""
+        while True:
+            try:
+                return pool.get(numel, dtype, what)
+            except OutOfBudgetError:
+                if not self._in_flight or not self._finish_if_done():
+                    raise
+
+    def _finish_if_done(self) -> bool:
+        """Finishes the oldest reduction, unless another rank has not come to it for some time."""
+        done = self._in_flight[0][1].done(_PATIENCE_SECONDS if self._in_step else 0.0)
+        if done:
+            self._finish_oldest()
+        else:
+            self._in_step = False
+        return done
 
     def _finish_oldest(self) -> None:
         gradient, pending, out, scratch = self._in_flight.popleft()
@@ -340,7 +266,7 @@ class Gradients:
         assert gradient.buffer is not None
         self._buffer_pool(gradient.chunk).put(gradient.buffer)
         gradient.buffer = None
-        gradient.state = GradientState.EMPTY
+        gradient.move(GradientState.EMPTY)
 
     def _keep(self, gradient: ChunkGradient, part: Tensor) -> None:
         """Adds a reduced part to the shard, on the tier where the chunk's shard lives."""

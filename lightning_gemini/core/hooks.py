@@ -22,18 +22,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gemini.core.inert import Attached
 from lightning_gemini.core.units import Unit
 
 
 class Events(Protocol):
-    """What the hooks report to; ``use`` is whatever ``post_forward`` returned for that call."""
+    """What the hooks report to.
+
+    ``use`` is whatever ``post_forward`` returned for that call; ``declared`` tells whether the backward that is over
+    was announced with :meth:`Hooks.backward`.
+    """
 
     def pre_forward(self, unit: Unit) -> None: ...
     def post_forward(self, unit: Unit) -> Any: ...
     def pre_backward(self, unit: Unit, use: Any) -> None: ...
     def post_backward(self, use: Any) -> None: ...
     def gradient(self, param: int, grad: Tensor) -> None: ...
-    def backward_over(self) -> None: ...
+    def backward_over(self, declared: bool) -> None: ...
     def backward_failed(self) -> None: ...
 
 
@@ -43,7 +48,7 @@ class Hooks:
     Args:
         events: what they report to.
         units: the modules to watch; empty if only gradients matter.
-        params: the parameters whose gradients matter, by index.
+        params: the parameters whose gradients matter, now or when they are unfrozen, by index.
     """
 
     def __init__(self, events: Events, units: Sequence[Unit], params: Mapping[int, nn.Parameter]) -> None:
@@ -57,16 +62,20 @@ class Hooks:
         self._handles: list[RemovableHandle] = []
         for unit in units:
             # first in, last out: the users' own hooks see usable parameters
-            pre = unit.module.register_forward_pre_hook(
-                partial(self._pre_forward, unit), prepend=True, with_kwargs=True
-            )
-            post = unit.module.register_forward_hook(
-                partial(self._post_forward, unit), with_kwargs=True, always_call=True
-            )
-            self._handles += [pre, post]
+            before, after = Attached(partial(self._pre_forward, unit)), Attached(partial(self._post_forward, unit))
+            if unit.compiled:  # Dynamo would trace them
+                before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+            # a ScriptModule refuses its own methods
+            register_pre, register = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
+            self._handles += [
+                register_pre(unit.module, before, prepend=True, with_kwargs=True),
+                register(unit.module, after, with_kwargs=True, always_call=True),
+            ]
         for index, param in params.items():
-            if param.requires_grad:
-                self._handles.append(param.register_post_accumulate_grad_hook(partial(self._gradient, index)))
+            trainable = param.requires_grad
+            param.requires_grad_(True)  # torch wants that, though the hook stays when it changes
+            self._handles.append(param.register_post_accumulate_grad_hook(partial(self._gradient, index)))
+            param.requires_grad_(trainable)
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -77,7 +86,7 @@ class Hooks:
         finally:
             self._explicit -= 1
         if not self._explicit:
-            self._over()
+            self._over(declared=True)
 
     def remove(self) -> None:
         """Takes all hooks off."""
@@ -153,13 +162,13 @@ class Hooks:
     def _task_over(self) -> None:
         self._tasks.pop()
         if not self._tasks and not self._explicit:
-            self._over()
+            self._over(declared=False)
 
-    def _over(self) -> None:
+    def _over(self, declared: bool) -> None:
         for call in list(self._open):
             call.leave()
         self._waiting_for.clear()
-        self._events.backward_over()
+        self._events.backward_over(declared)
 
 
 class _Call:

@@ -30,8 +30,8 @@ _AUTO_CHUNKS, _AUTO_CANDIDATES = 32, 64
 class ParamSpec:
     """What the layout has to know of one parameter.
 
-    ``dtype`` is the dtype it is computed in. ``optimizer`` and ``group`` are indices of the optimizer and of the
-    parameter group that update it, ``None`` where nobody does.
+    ``dtype`` is the dtype it is computed in, ``trainable`` whether it requires a gradient now. ``optimizer`` and
+    ``group`` are indices of the optimizer and of the parameter group that have it, ``None`` where nobody does.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Kind:
 
     @property
     def updated(self) -> bool:
-        """Whether an optimizer updates these parameters, so that their gradients are worth keeping."""
-        return self.trainable and self.optimizer is not None
+        """Whether an optimizer has these parameters, so that their gradients, once there are any, are worth keeping."""
+        return self.optimizer is not None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

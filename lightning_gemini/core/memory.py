@@ -28,7 +28,7 @@ def parse_bytes(value: int | float | str, name: str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-zA-Z]*)\s*", value)
         if match and match[2].lower() in _UNITS:
             number = float(match[1]) * _UNITS[match[2].lower()]
-    elif not isinstance(value, bool):
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
         number = float(value)
     if number is None or not 1 <= number < float("inf"):
         raise ConfigurationError(

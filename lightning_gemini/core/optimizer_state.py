@@ -7,11 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.segments import State, is_elementwise
 from lightning_gemini.core.store import Store, flatten_like
 from lightning_gemini.core.update import ChunkUpdate, OptimizerOnChunks
+
+
+def attach(chunks: OptimizerOnChunks, store: Store, index_of: Mapping[nn.Parameter, int]) -> list[RemovableHandle]:
+    """Makes ``optimizer.state_dict()`` and ``load_state_dict()`` mean the state in the chunks; all ranks have to call.
+
+    Returns:
+        what undoes it.
+    """
+
+    def save(_: Optimizer, __: dict[str, Any]) -> dict[str, Any]:
+        return gather_state_dict(chunks, store, index_of)
+
+    def load(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        load_state_dict(chunks, store, index_of, saved)
+        return {**saved, "state": {}}  # torch takes the groups
+
+    optimizer = chunks.optimizer
+    return [optimizer.register_state_dict_post_hook(save), optimizer.register_load_state_dict_pre_hook(load)]
 
 
 def gather_state_dict(chunks: OptimizerOnChunks, store: Store, index_of: Mapping[nn.Parameter, int]) -> dict[str, Any]:
@@ -80,6 +100,8 @@ def load_states(chunks: OptimizerOnChunks, store: Store, states: Mapping[int, St
                     f"{layout.params[index].shape}, but has {tuple(state[key].shape)}."
                 )
     for update in chunks.updates:
+        if update.is_new and not any(place.param in states for place in update.chunk.spec.slots):
+            continue
         slots = {}
         for slot, place in enumerate(update.chunk.spec.slots):
             state = states.get(place.param, {})
@@ -100,6 +122,8 @@ def _cut(update: ChunkUpdate, store: Store, slot: int, value: Tensor) -> Tensor:
 
 
 def _gather_chunk(update: ChunkUpdate, store: Store) -> dict[int, State]:
+    if update.is_new:  # on all ranks, then
+        return {}
     local: dict[int, dict[str, Any]] = {}
     shards: dict[str, Tensor] = {}
     for slot, span, state in update.shard.slot_states():

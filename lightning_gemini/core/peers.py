@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from typing import Protocol
 
 from lightning_gemini.core.errors import PeerError
 
 #: How long to look for the word of a rank whose connection has closed; it leaves its word first.
 _PATIENCE_SECONDS = 3.0
 
-_boards: Counter[str] = Counter()
+
+class KeyValues(Protocol):
+    """What of a ``torch.distributed.Store`` is needed here."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
 
 
 class Board:
     """Where a rank that fails says why, for those who then find its connection closed.
 
-    All ranks of ``group`` make their boards in the same order. What is said stays in the group's store, outside of any
-    collective.
+    Args:
+        store: shared by the ranks, and by no other board; what is said stays there, outside of any collective.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        name = group.group_name
-        self._store = PrefixStore(f"lightning_gemini/{_boards[name]}", group.get_group_store())
-        _boards[name] += 1
-        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, store: KeyValues, rank: int, world_size: int) -> None:
+        self._store, self._rank, self._world_size = store, rank, world_size
 
     def post(self, word: str) -> None:
         """Leaves this rank's last word. Says nothing if the store is gone."""

@@ -24,8 +24,8 @@ class Schedule:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._idle: dict[int, Chunk] = {}  # resident and unused, the oldest first
-        #: whether any chunk is ever freed; if not, parameters are always resident
         store.device.spare = self._make_room
+        #: whether any chunk is ever freed; if not, parameters are always resident
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
 
     def acquire(self, chunk: Chunk, reason: str) -> None:
@@ -43,10 +43,14 @@ class Schedule:
             while len(self._idle) > IDLE_CHUNKS:
                 self._free_oldest()
 
-    def drop(self, chunk: Chunk) -> None:
-        """Frees ``chunk`` if it is idle, because its shard has changed."""
-        if self._idle.pop(chunk.index, None) is not None:
+    def renew(self, chunk: Chunk) -> None:
+        """The shard of ``chunk`` has changed: brings the new values if it is kept or in use, frees it if it is idle."""
+        if chunk.home is Home.FULL:
+            self._store.refresh(chunk).wait()
+        elif self._idle.pop(chunk.index, None) is not None:
             self._store.reshard(chunk)
+        elif chunk.resident:
+            self._store.fill(chunk, "its new values after a step")
 
     def reset(self) -> None:
         """Frees whatever is unsharded, in use or not; after a failed step and before the end."""
@@ -73,7 +77,7 @@ def choose_homes(layout: Layout, tier: Tier, placement: str, state_bytes: int) -
         state_bytes: what gradients, masters and optimizer states take on the device beside the chunks, on this rank.
 
     Raises:
-        OutOfBudgetError: ``placement="device"`` and the shards alone do not fit.
+        OutOfBudgetError: ``placement="device"`` and the shards alone do not fit, or not even the largest chunk does.
     """
     shards = layout.nbytes // layout.world_size
     if placement != "host":
@@ -88,6 +92,13 @@ def choose_homes(layout: Layout, tier: Tier, placement: str, state_bytes: int) -
                 f"states and the chunks in use, but {format_bytes(tier.capacity or 0)} may be used. Use "
                 "placement='auto' or 'host', more ranks, or a larger device_memory."
             )
+    largest = max(layout.chunks, key=lambda chunk: chunk.nbytes)
+    if not tier.room(largest.nbytes):
+        raise OutOfBudgetError(
+            f"the largest chunk, with {layout.params[largest.first_param].name} in it, takes "
+            f"{format_bytes(largest.nbytes)} while it is in use, but {format_bytes(tier.capacity or 0)} of device "
+            "memory may be used. Use a larger device_memory, or a smaller chunk_size if no one parameter is that large."
+        )
     return [Home.HOST] * len(layout.chunks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from typing import Literal
 
@@ -18,7 +18,7 @@ from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.elementwise import require_elementwise
 from lightning_gemini.core.engine import Engine
 from lightning_gemini.core.errors import ConfigurationError, DisagreementError
-from lightning_gemini.core.layout import Layout, ParamSpec, plan_layout
+from lightning_gemini.core.layout import ChunkSpec, Layout, ParamSpec, plan_layout
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.schedule import choose_homes
 from lightning_gemini.core.store import Store
@@ -47,6 +47,7 @@ def shard(
     policy: DtypePolicy = DtypePolicy(),  # noqa: B008, it is frozen
     unbuilt: Collection[nn.Parameter] = (),
     home: Home | None = None,
+    check: bool = False,
 ) -> Engine:
     """Moves ``model`` into chunks that are shared by the ranks of ``group``.
 
@@ -68,6 +69,7 @@ def shard(
         policy: the dtypes.
         unbuilt: parameters that :func:`construct.leave_meta` was called for already.
         home: where every chunk's shard lives, instead of what ``placement`` makes of it.
+        check: watch every step, not only the first of each kind, for reads that hooks cannot see (see ``hidden``).
 
     Raises:
         ConfigurationError: what is given cannot work; the model is as it was.
@@ -93,15 +95,17 @@ def shard(
     missing = {*unbuilt, *construct.leave_meta(model, device)}
     values = {index: param.data for param, index in index_of.items() if param not in missing}
     try:
-        store = Store(layout, params, homes, masters, collectives, *tiers)
+        store = Store(layout, params, homes, masters, policy, collectives, *tiers)
     except BaseException:
         for index, value in values.items():
             params[index].data = value
         raise
+    for param in params:
+        param.grad = None  # of a backward before; the chunks start with none
     construct.fill(store, values)
     construct.initialise(model, store, index_of, missing)
     construct.place_buffers(model, device)
-    return Engine(model, params, dtypes, store, optimizers, units, policy)
+    return Engine(model, params, dtypes, store, optimizers, units, policy, check)
 
 
 def specify(
@@ -122,6 +126,7 @@ def specify(
             "an earlier run ended in an exception while they were spread over the ranks. Load a checkpoint into the "
             "model, or build it anew."
         )
+    _refuse_overlaps(names, unbuilt)
     if optimizers and not any(param.requires_grad for param in names):
         raise ConfigurationError(
             f"no parameter of {type(model).__name__} is trainable (requires_grad is False for all {len(names)}). "
@@ -152,7 +157,7 @@ def specify(
             tuple(torch.empty_like(param, device="meta").stride()),
             param.dtype if param in whole else policy.compute_dtype(param.dtype),
             param.requires_grad,
-            *(owner.get(param, (None, None)) if param.requires_grad else (None, None)),
+            *owner.get(param, (None, None)),
         )
         for param, name in names.items()
     ]
@@ -184,6 +189,19 @@ def _plan(
     return layout, homes, masters
 
 
+def _refuse_overlaps(names: Mapping[nn.Parameter, str], unbuilt: Collection[nn.Parameter]) -> None:
+    """Raises ConfigurationError if two parameters are one memory: in chunks they would be two."""
+    at: dict[int, str] = {}
+    for param, name in names.items():
+        if param.numel() and not param.is_meta and param not in unbuilt:
+            other = at.setdefault(param.data_ptr(), name)
+            if other != name:
+                raise ConfigurationError(
+                    f"{other} and {name} share their memory but are two parameters (one's .data was set to the "
+                    "other's?). Tie weights by assigning the Parameter itself: b.weight = a.weight."
+                )
+
+
 def _has_values(param: nn.Parameter) -> bool:
     return param.is_meta or param.numel() < 2 or any(param.stride())
 
@@ -200,15 +218,20 @@ def _masters(layout: Layout, dtypes: Sequence[torch.dtype], policy: DtypePolicy)
         chunk.index
         for chunk in layout.chunks
         if policy.needs_master(chunk.kind.dtype)
-        and (chunk.kind.updated or any(dtypes[s.param].itemsize > chunk.kind.dtype.itemsize for s in chunk.slots))
+        and (_trained(chunk) or any(dtypes[s.param].itemsize > chunk.kind.dtype.itemsize for s in chunk.slots))
     }
+
+
+def _trained(chunk: ChunkSpec) -> bool:
+    """Whether a step updates the chunk, as things stand; one that is unfrozen later takes its memory then."""
+    return chunk.kind.trainable and chunk.kind.updated
 
 
 def _update_bytes(layout: Layout, masters: Collection[int], policy: DtypePolicy) -> int:
     """Bytes of gradients, masters and optimizer states on one rank, and of the buffers that reductions go through."""
     total, buffers = 0, []
     for chunk in layout.chunks:
-        if chunk.kind.updated:
+        if _trained(chunk):
             dtype = chunk.kind.dtype
             per_element = dtype.itemsize + _STATE_BYTES + (4 if chunk.index in masters else 0)
             total += chunk.numel // layout.world_size * per_element

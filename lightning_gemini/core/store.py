@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_gemini.core.agree import TagBook, chunk_tag
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.collectives import Collectives, Pending
+from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.layout import Layout
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.optim.masters import round_to_compute
@@ -38,6 +39,7 @@ class Store:
         params: the parameters of ``layout.params``, in that order; they are bound to the chunks.
         homes: where the shard of each chunk lives.
         masters: the chunks that have an fp32 master weight, zero until it is written.
+        policy: the dtypes; it says which chunks want a master when an optimizer first updates them.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Store:
         params: Sequence[nn.Parameter],
         homes: Sequence[Home],
         masters: Collection[int],
+        policy: DtypePolicy,
         collectives: Collectives,
         device: Tier,
         host: Tier,
@@ -56,8 +59,13 @@ class Store:
         self.collectives = collectives
         self.counters = Counters()
         self.tags = TagBook(layout, device.device)
+        sizes = [chunk.nbytes for chunk in layout.chunks]
+        self._common_nbytes = max(set(sizes), key=lambda nbytes: (sizes.count(nbytes), nbytes))
+        self._longest_slice = max(sizes) // layout.world_size
         self.chunks: list[Chunk] = []
         self.masters: dict[int, Tensor] = {}
+        self._master_tiers: dict[int, Tier] = {}
+        self._policy = policy
         for spec, home in zip(layout.chunks, homes, strict=True):
             nbytes = spec.nbytes if home is Home.FULL else spec.nbytes // layout.world_size
             (host if home is Home.HOST else device).take(nbytes, f"the shard of chunk {spec.index}")
@@ -77,10 +85,9 @@ class Store:
                 chunk.shard.view(torch.uint8)[-4:].view(torch.int32).fill_(chunk_tag(layout, spec.index))
             self.chunks.append(chunk)
             if spec.index in masters:
-                tier = self.master_tier(chunk)
-                tier.take(chunk.shard.numel() * 4, f"the master weights of chunk {spec.index}")
-                with torch.inference_mode(False):
-                    self.masters[spec.index] = torch.zeros(chunk.shard.numel(), device=tier.device)
+                # where no step needs it now, out of the way
+                tier = self._tier_of(chunk) if spec.kind.trainable and spec.kind.updated else host
+                self.masters[spec.index] = self._new_master(chunk, tier)
 
     def unshard(self, chunk: Chunk, reason: str) -> None:
         """FREE -> HELD: allocates, fills this rank's slice and gathers the others'.
@@ -92,18 +99,31 @@ class Store:
         self.device.take(chunk.spec.nbytes, f"chunk {chunk.index} for {reason}")
         chunk.allocate()
         try:
-            chunk.own.copy_(chunk.shard)
-            self._gather(chunk).wait()
-            if self.layout.world_size > 1:
-                self.tags.note(chunk.index, chunk.tag, reason)
+            self.fill(chunk, reason)
         except BaseException:
             chunk.full.untyped_storage().resize_(0)
             self.device.give(chunk.spec.nbytes)
             raise
         chunk.hold()
+        self.counters.unshards += 1
+
+    def fill(self, chunk: Chunk, reason: str) -> None:
+        """Brings this rank's shard and the others' into a chunk that has its memory.
+
+        Raises:
+            DisagreementError: see :meth:`unshard`.
+        """
+        if self.layout.world_size > 1:
+            chunk.tag.zero_()  # whatever was here before must not pass for what did not come
+            if chunk.spec.nbytes != self._common_nbytes:
+                for found in self.collectives.exchange_marks(chunk_tag(self.layout, chunk.index), self._longest_slice):
+                    self.tags.compare(chunk.index, found, reason)
+        chunk.own.copy_(chunk.shard)
+        self._gather(chunk).wait()
+        if self.layout.world_size > 1:
+            self.tags.note(chunk.index, chunk.tag, reason)
         if chunk.home is Home.HOST:
             self.counters.fetched_bytes += chunk.shard.nbytes
-        self.counters.unshards += 1
 
     def reshard(self, chunk: Chunk) -> None:
         """HELD -> FREE; nothing is copied, the shard holds the same values."""
@@ -161,9 +181,27 @@ class Store:
         self.collectives.gather(full).wait()
         return full
 
-    def master_tier(self, chunk: Chunk) -> Tier:
-        """Where the chunk's master lives: with the shard, if an optimizer needs it, else out of the way."""
-        return self.host if chunk.home is Home.HOST or not chunk.spec.kind.updated else self.device
+    def update_target(self, chunk: Chunk) -> Tensor:
+        """What an optimizer is to update: the chunk's master, beside its shard, or the shard itself.
+
+        A chunk that was frozen gets its master now, or has it brought near.
+        """
+        tier = self._tier_of(chunk)
+        if self._policy.needs_master(chunk.spec.kind.dtype) and self._master_tiers.get(chunk.index) is not tier:
+            before, far = self.masters.get(chunk.index, chunk.shard), self._master_tiers.get(chunk.index)
+            self.masters[chunk.index] = self._new_master(chunk, tier).copy_(before)
+            if far is not None:
+                far.give(before.nbytes)
+        return self.masters.get(chunk.index, chunk.shard)
+
+    def _new_master(self, chunk: Chunk, tier: Tier) -> Tensor:
+        tier.take(chunk.shard.numel() * 4, f"the master weights of chunk {chunk.index}")
+        self._master_tiers[chunk.index] = tier
+        with torch.inference_mode(False):
+            return torch.zeros(chunk.shard.numel(), device=tier.device)
+
+    def _tier_of(self, chunk: Chunk) -> Tier:
+        return self.host if chunk.home is Home.HOST else self.device
 
     def owned(self, chunk: int, start: int, stop: int) -> range:
         """The part of ``start:stop`` of a chunk that this rank owns, counted from its shard's beginning."""
@@ -177,10 +215,9 @@ class Store:
         for chunk in self.chunks:
             if chunk.resident and chunk.home is not Home.FULL:
                 self.device.give(chunk.spec.nbytes)
-            tier = self.host if chunk.home is Home.HOST else self.device
-            tier.give(chunk.spec.nbytes if chunk.home is Home.FULL else chunk.shard.nbytes)
+            self._tier_of(chunk).give(chunk.spec.nbytes if chunk.home is Home.FULL else chunk.shard.nbytes)
         for index, master in self.masters.items():
-            self.master_tier(self.chunks[index]).give(master.nbytes)
+            self._master_tiers[index].give(master.nbytes)
         self.chunks.clear()
         self.masters.clear()
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.store import Store
 
 
@@ -52,6 +53,20 @@ class Summoner:
         """Gives parameters their whole values as ordinary tensors; they are no views of their chunks any more."""
         for index, value in self.values(wanted, device, everywhere):
             self._params[index].data = value
+
+    def bind_grads(
+        self, wanted: Collection[int], gradients: Sequence[ChunkGradient], device: torch.device, everywhere: bool = True
+    ) -> None:
+        """Gives wanted parameters that have a gradient the whole of it in ``.grad``, a copy; after :meth:`bind`."""
+        for gradient in gradients:
+            chunk = gradient.chunk
+            slots = [s for s, place in enumerate(chunk.spec.slots) if place.param in wanted and gradient.used[s]]
+            if gradient.shard is None or not slots:
+                continue
+            flat = self._store.assemble(chunk.index, gradient.shard)
+            for slot in slots if everywhere or self._store.collectives.rank == 0 else ():
+                param = chunk.params[slot]
+                param.grad = chunk.view_in(flat, slot).to(device, param.dtype, copy=True)
 
     def write_back(self, wanted: Collection[int]) -> None:
         """Stores what the parameters hold now; rank 0's values, where ranks differ."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lightning_gemini.core.errors import ConfigurationError
@@ -22,7 +23,7 @@ class Unit:
         module: the module whose forward and backward are the unit's.
         owners: the modules that own the unit's parameters: ``module``, and its submodules in a coarser unit.
         params: indices of the parameters, in ``Layout.params``, each once.
-        compiled: whether ``torch.compile`` covers the module, so that nothing of ours may sit inside it.
+        compiled: whether the module is compiled or scripted, so that nothing of ours may sit inside it.
         active: how many forwards of the unit are running.
     """
 
@@ -45,6 +46,8 @@ def find_units(root: nn.Module, index_of: dict[nn.Parameter, int], coarse: Colle
     Raises:
         ConfigurationError: an entry of ``coarse`` matches no module.
     """
+    if isinstance(coarse, str):
+        raise ConfigurationError(f"unit_modules must be a list, such as [{coarse!r}], got the text {coarse!r}.")
     for entry in coarse:
         if not any(_matches(entry, module, name) for name, module in root.named_modules()):
             known = sorted({type(module).__name__ for module in root.modules()})
@@ -75,7 +78,9 @@ def find_units(root: nn.Module, index_of: dict[nn.Parameter, int], coarse: Colle
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``torch.compile(module)`` or ``module.compile()`` was applied to this very module."""
+    """Whether this very module runs as one piece: by ``torch.compile``, ``module.compile()`` or ``torch.jit``."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 

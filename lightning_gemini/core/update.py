@@ -9,20 +9,23 @@ call that the user made. So counters in a group advance once, and hooks and sche
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_gemini.core.chunk import Home
+from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.collectives import Pending
 from lightning_gemini.core.elementwise import unhooked_step
 from lightning_gemini.core.errors import StateError
-from lightning_gemini.core.gradients import ChunkGradient, Gradients
+from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.segments import Segment, SegmentedShard
 from lightning_gemini.core.store import Store
@@ -36,12 +39,25 @@ class ChunkUpdate:
         chunk = gradient.chunk
         self.chunk = chunk
         self.gradient = gradient
-        self.master = master = store.masters.get(chunk.index)
-        self.spans = [store.owned(chunk.index, slot.offset, slot.end) for slot in chunk.spec.slots]
+        self.spans = gradient.spans
+        self._store = store
         self._tier = store.host if chunk.home is Home.HOST else store.device
         self._state_bytes = 0
-        self.target = chunk.shard if master is None else master
-        self.shard = SegmentedShard(self.target, self.spans)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The master or the shard; found when it is first needed, which for a frozen chunk may be late or never."""
+        return self._store.update_target(self.chunk)
+
+    @cached_property
+    def shard(self) -> SegmentedShard:
+        """The target as the optimizer sees it."""
+        return SegmentedShard(self.target, self.spans)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there has been neither an update nor any state of the optimizer."""
+        return "shard" not in self.__dict__
 
     def begin(self, optimizer: Optimizer) -> list[Segment]:
         """Hands the gradients and the state of what is to be updated to the optimizer."""
@@ -50,7 +66,7 @@ class ChunkUpdate:
         if grad is None:
             return []
         for segment in segments:
-            segment.flat.grad = grad[segment.start : segment.stop].to(self.target.dtype)
+            segment.flat.grad = grad[segment.start : segment.stop].to(segment.flat.dtype)
             if segment.state:
                 optimizer.state[segment.flat] = segment.state
         return segments
@@ -61,9 +77,9 @@ class ChunkUpdate:
         for segment in segments:
             segment.flat.grad = None
             segment.state = optimizer.state.pop(segment.flat, {})
-            if self.master is not None:
+            if self.chunk.index in self._store.masters:
                 part = self.chunk.shard[segment.start : segment.stop]
-                round_to_compute(self.master[segment.start : segment.stop], part)
+                round_to_compute(segment.flat.detach(), part)
         if fresh:
             self.count_state()
 
@@ -85,6 +101,7 @@ class OptimizerOnChunks:
         updates: its chunks, in the order in which the forward needs them.
         notice: called first in every step and ``zero_grad``, to find out about a backward that failed.
         prepare: called before anything is updated; agrees with the other ranks, may raise.
+        updated: called when parameters of a chunk have changed, with the marks of those that have.
     """
 
     def __init__(
@@ -96,6 +113,7 @@ class OptimizerOnChunks:
         gradients: Gradients,
         notice: Callable[[], None],
         prepare: Callable[[list[ChunkGradient]], None],
+        updated: Callable[[Chunk, list[bool]], None],
     ) -> None:
         self.optimizer = optimizer
         self.updates = list(updates)
@@ -104,8 +122,10 @@ class OptimizerOnChunks:
         self._gradients = gradients
         self._notice = notice
         self._prepare = prepare
+        self._updated = updated
         self._params: list[list[nn.Parameter]] = []
         self._last: tuple[ChunkUpdate, list[Segment]] | None = None
+        self._call: FrameType | None = None  # the call of ``step`` under way
         self._refreshing: list[Pending] = []
         self._n_groups = len(optimizer.param_groups)
         self._handles: list[RemovableHandle] = [
@@ -127,8 +147,9 @@ class OptimizerOnChunks:
         """Makes the optimizer an ordinary one again, without state."""
         self.restore()
         for update in self.updates:
-            update.shard.segments.clear()
-            update.count_state()
+            if not update.is_new:
+                update.shard.segments.clear()
+                update.count_state()
         for handle in self._handles:
             handle.remove()
         self.optimizer.__dict__.pop("zero_grad", None)
@@ -139,9 +160,13 @@ class OptimizerOnChunks:
             group["params"] = params
         self._params = []
         self._last = None
+        self._call = None
         self._refreshing.clear()
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_inside(self._call):
+            return args, kwargs  # a subclass's step calls super().step(), which torch hooks as well
+        self.restore()  # if the last call failed half-way
         self._notice()
         args, kwargs = self._run_closure(args, kwargs)
         if len(self.optimizer.param_groups) != self._n_groups:
@@ -150,6 +175,7 @@ class OptimizerOnChunks:
                 f"{len(self.optimizer.param_groups)} now. Add all groups in configure_optimizers."
             )
         self._prepare(self.gradients)
+        self._call = sys._getframe(1)
         self._params = [group["params"] for group in self.optimizer.param_groups]
         try:
             active = [u for u in self.updates if u.gradient.shard is not None and any(u.gradient.used)]
@@ -172,6 +198,8 @@ class OptimizerOnChunks:
         return args, kwargs
 
     def _after_step(self, *_: Any) -> None:
+        if sys._getframe(1) is not self._call:
+            return
         if self._last is not None:
             self._finish(*self._last)
         for pending in self._refreshing:
@@ -200,10 +228,17 @@ class OptimizerOnChunks:
     def _finish(self, update: ChunkUpdate, segments: list[Segment]) -> None:
         update.end(self.optimizer, segments)
         chunk = update.chunk
-        used = [param for param, flag in zip(chunk.params, update.gradient.used, strict=True) if flag]
-        increment_version(used)  # so that autograd notices a backward through weights that are gone
+        self._updated(chunk, update.gradient.used)
         self._store.counters.updates += 1
         if chunk.home is Home.FULL:
             self._refreshing.append(self._store.refresh(chunk))
         else:
-            self._schedule.drop(chunk)
+            self._schedule.renew(chunk)
+
+
+def _is_inside(call: FrameType | None) -> bool:
+    """Whether ``call`` is still running, further up in the stack."""
+    frame: FrameType | None = sys._getframe(1) if call is not None else None
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is not None

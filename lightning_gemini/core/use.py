@@ -97,6 +97,21 @@ class Uses:
             self._schedule.acquire(chunk, f"a read of {name} in a backward")
             self._backward_pins.append(chunk)
 
+    def borrow(self, param: int, name: str) -> Chunk | None:
+        """Pins the chunk of a parameter for one operation; ``None`` if it is in use already."""
+        chunk = self._chunk_of[param]
+        if chunk.pins:
+            return None
+        self._schedule.acquire(chunk, f"a read of {name} that no hook announced")
+        return chunk
+
+    def give_back(self, chunk: Chunk, keep: bool) -> None:
+        """Ends :meth:`borrow`, or with ``keep`` leaves the chunk pinned until the forward under way is over."""
+        if keep and self._frames:
+            self._frames[-1].borrowed.append(chunk)
+        else:
+            self._schedule.release(chunk)
+
     def unpack(self, chunk: Chunk) -> None:
         """Autograd needs a tensor that it saved from ``chunk``."""
         self._release_finished_nodes()

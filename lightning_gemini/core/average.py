@@ -1,0 +1,120 @@
+"""An average of the weights over steps, kept as shards beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.errors import ConfigurationError
+from lightning_gemini.core.memory import Tier
+from lightning_gemini.core.store import Store, flatten_like
+from lightning_gemini.optim.masters import round_to_compute
+
+
+class ShardAverage:
+    """Averages what optimizers update, in fp32: 4 bytes per parameter and rank, on the tier of the parameter's shard.
+
+    Starts as a copy of the weights.
+
+    Args:
+        renew: called for a chunk whose shard has changed.
+    """
+
+    def __init__(self, store: Store, renew: Callable[[Chunk], None]) -> None:
+        self._store = store
+        self._renew = renew
+        self._averages: dict[int, Tensor] = {}
+        self._backups: dict[int, Tensor] = {}
+        for chunk in store.chunks:
+            if chunk.spec.kind.updated and chunk.spec.kind.dtype.is_floating_point:
+                truth = self._truth(chunk)
+                self._tier(chunk).take(truth.numel() * 4, f"the average of chunk {chunk.index}")
+                with torch.inference_mode(False):
+                    self._averages[chunk.index] = truth.detach().to(torch.float32, copy=True)
+
+    @torch.no_grad()
+    def update(self, weight: float) -> None:
+        """Moves the average towards the weights: ``average += weight * (weights - average)``."""
+        for index, average in self._averages.items():
+            truth = self._truth(self._store.chunks[index])
+            average.lerp_(truth if truth.dtype == average.dtype else truth.to(average.dtype), weight)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Puts the average in the weights' place until :meth:`restore`; all ranks have to call."""
+        for index, average in self._averages.items():
+            chunk = self._store.chunks[index]
+            truth = self._truth(chunk)
+            self._tier(chunk).take(truth.nbytes, f"the weights of chunk {index} while their average is in their place")
+            self._backups[index] = truth.clone()
+            self._write(chunk, average)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts the weights back; all ranks have to call."""
+        for index, backup in self._backups.items():
+            chunk = self._store.chunks[index]
+            self._write(chunk, backup)
+            self._tier(chunk).give(backup.nbytes)
+        self._backups.clear()
+
+    def keep(self) -> None:
+        """Leaves the average in the weights' place for good, after :meth:`apply`."""
+        for index, backup in self._backups.items():
+            self._tier(self._store.chunks[index]).give(backup.nbytes)
+        self._backups.clear()
+
+    def gather(self) -> dict[str, Tensor]:
+        """The whole average by parameter name, fp32 in host memory, on rank 0; all ranks have to call."""
+        whole: dict[str, Tensor] = {}
+        for index, average in self._averages.items():
+            flat, chunk = self._store.assemble(index, average), self._store.chunks[index]
+            if self._store.collectives.rank == 0:
+                whole |= {name: chunk.view_in(flat, slot).clone().cpu() for slot, name in enumerate(chunk.names)}
+        return whole
+
+    @torch.no_grad()
+    def load(self, whole: Mapping[str, Tensor]) -> None:
+        """Replaces the average by what :meth:`gather` gave, which every rank has.
+
+        Raises:
+            ConfigurationError: it is of other parameters; nothing is changed.
+        """
+        names = {name for index in self._averages for name in self._store.chunks[index].names}
+        if names != whole.keys():
+            odd = sorted(names ^ whole.keys())
+            raise ConfigurationError(
+                f"the saved average is of other parameters than the model's: {', '.join(odd[:3])} and possibly others "
+                "are in one of them only. Resume with the same model and optimizers, or without the callback's state."
+            )
+        for index, average in self._averages.items():
+            chunk = self._store.chunks[index]
+            for slot, name in enumerate(chunk.names):
+                place = chunk.spec.slots[slot]
+                mine = self._store.owned(index, place.offset, place.end)
+                first = self._store.collectives.rank * chunk.shard.numel() + mine.start - place.offset
+                flat = flatten_like(whole[name], chunk.strides[slot], average.dtype)
+                average[mine.start : mine.stop].copy_(flat[first : first + len(mine)])
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self.keep()
+        for index, average in self._averages.items():
+            self._tier(self._store.chunks[index]).give(average.nbytes)
+        self._averages.clear()
+
+    def _truth(self, chunk: Chunk) -> Tensor:
+        return self._store.masters.get(chunk.index, chunk.shard)
+
+    def _write(self, chunk: Chunk, values: Tensor) -> None:
+        truth = self._truth(chunk)
+        truth.copy_(values)
+        if truth is not chunk.shard:
+            round_to_compute(truth, chunk.shard)
+        self._renew(chunk)
+
+    def _tier(self, chunk: Chunk) -> Tier:
+        return self._store.host if chunk.home is Home.HOST else self._store.device

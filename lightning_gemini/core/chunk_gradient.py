@@ -1,0 +1,108 @@
+"""The gradient of one chunk, and its states."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from torch import Tensor
+
+from lightning_gemini.core.chunk import Chunk
+from lightning_gemini.core.errors import StateError
+
+
+class GradientState(Enum):
+    """Where a chunk's gradient is in the present backward, and what that costs beside the reduced shard."""
+
+    EMPTY = "empty"  #: nothing has come: no memory
+    FILLING = "filling"  #: some parameters' gradients are in: a buffer as long as the chunk
+    READY = "ready"  #: all are in, it waits for its turn: the same buffer
+    REDUCING = "reducing"  #: the collective runs: the same buffer, and the shard to come
+
+
+_TRANSITIONS = {
+    (GradientState.EMPTY, GradientState.FILLING),
+    (GradientState.FILLING, GradientState.READY),
+    (GradientState.READY, GradientState.REDUCING),
+    (GradientState.REDUCING, GradientState.EMPTY),
+    (GradientState.FILLING, GradientState.EMPTY),  # dropped, as are the next two after a failure
+    (GradientState.READY, GradientState.EMPTY),
+}
+
+
+class ChunkGradient:
+    """The gradient of one chunk.
+
+    Attributes:
+        spans: for each slot the part of the shard that holds it, empty where another rank does.
+        shard: the reduced mean of this rank's part, summed over the backwards since the last step; ``None`` before the
+            first. In the compute dtype after one backward, in fp32 while accumulating.
+        used: for each slot, whether a gradient has come since the last step (on any rank, once the ranks have agreed).
+    """
+
+    def __init__(self, chunk: Chunk, spans: list[range]) -> None:
+        self.chunk = chunk
+        self.spans = spans
+        self.shard: Tensor | None = None
+        self.used = [False] * len(chunk.params)
+        self.state = GradientState.EMPTY
+        self.buffer: Tensor | None = None
+        self.reduced = False  # in this backward
+        self._arrived = [False] * len(chunk.params)
+        self._arrivals = [0] * len(chunk.params)
+        self._expected = [1] * len(chunk.params)
+        self._missing = len(chunk.params)
+        ends = [0, *(slot.end for slot in chunk.spec.slots)]
+        starts = [*(slot.offset for slot in chunk.spec.slots), chunk.spec.numel]
+        self._gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+
+    def move(self, state: GradientState) -> None:
+        if (self.state, state) not in _TRANSITIONS:
+            raise StateError(
+                f"the gradient of chunk {self.chunk.index} cannot go from {self.state.name} to {state.name}"
+            )
+        self.state = state
+
+    def open(self, buffer: Tensor) -> None:
+        """EMPTY -> FILLING."""
+        self.move(GradientState.FILLING)
+        for start, stop in self._gaps:
+            buffer[start:stop].zero_()
+        self.buffer = buffer
+        self._arrived = [False] * len(self._arrivals)
+
+    def fill(self, slot: int, grad: Tensor) -> bool:
+        """Copies one parameter's gradient in, or adds it to what came before; returns whether it was the last."""
+        assert self.buffer is not None
+        view = self.chunk.view_in(self.buffer, slot)
+        if self._arrived[slot]:
+            view.add_(grad)
+        else:
+            view.copy_(grad)
+            self._arrived[slot] = True
+        self.used[slot] = True
+        self._arrivals[slot] += 1
+        if self._arrivals[slot] == self._expected[slot]:
+            self._missing -= 1
+        return self._missing == 0
+
+    def drop(self, slot: int) -> None:
+        """Forgets the gradient of one parameter, reduced or not."""
+        self.used[slot] = self._arrived[slot] = False
+        if self.shard is not None:
+            self.shard[self.spans[slot].start : self.spans[slot].stop].zero_()
+
+    def complete(self) -> None:
+        """FILLING -> READY; parameters without a gradient get zeros."""
+        assert self.buffer is not None
+        for slot, arrived in enumerate(self._arrived):
+            if not arrived:
+                self.chunk.view_in(self.buffer, slot).zero_()
+        self.move(GradientState.READY)
+
+    def end_backward(self) -> None:
+        """Learns how many parts each gradient came in, and starts to count anew."""
+        for slot, arrivals in enumerate(self._arrivals):
+            self._expected[slot] = max(self._expected[slot], arrivals)
+            self._arrivals[slot] = 0
+        self._missing = len(self._arrivals)
+        self.reduced = False

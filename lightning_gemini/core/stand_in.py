@@ -1,0 +1,124 @@
+"""What ``p.grad`` is after a backward: not the gradient, but who says where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gemini.core.chunk_gradient import ChunkGradient
+from lightning_gemini.core.errors import StateError
+
+_HARMLESS = frozenset(["__get__", "__set__", "__hash__", "size", "dim", "numel", "is_floating_point", "is_complex"])
+_GET_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class StandIn(Tensor):
+    """A tensor of a gradient's form without values; using it raises :class:`StateError` with the remedy.
+
+    Autograd alone may add to it: what it adds is kept aside.
+    """
+
+    of: str
+    received: Tensor | None
+
+    @staticmethod
+    def make(param: nn.Parameter, name: str) -> StandIn:
+        made: StandIn = Tensor._make_wrapper_subclass(StandIn, param.shape, dtype=param.dtype, device=param.device)
+        made.of, made.received = name, None
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _HARMLESS and func != _GET_DATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise _refusal(args)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch._C._current_graph_task_id() == -1 or not isinstance(args[0], StandIn):
+            raise _refusal(args)
+        if func is torch.ops.aten.add_.Tensor:
+            args[0].received = args[1]
+            return args[0]
+        if func is torch.ops.aten.add.Tensor:  # with create_graph=True
+            return args[1]
+        raise _refusal(args)
+
+
+def _refusal(args: Sequence[Any]) -> StateError:
+    flat = [item for arg in args for item in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    name = next((item.of for item in flat if isinstance(item, StandIn)), "a parameter")
+    return StateError(
+        f"the gradient of {name} is not in .grad: gradients are reduced into chunks, and each rank has a part of them. "
+        "Clip with Trainer(gradient_clip_val=...) or self.clip_gradients(...), read norms with "
+        "trainer.strategy.grad_norm() or grad_norms(), and whole gradients inside "
+        "`with trainer.strategy.summon_full_params(with_grads=True):`."
+    )
+
+
+class StandIns:
+    """Puts stand-ins into ``p.grad`` after a backward and takes them away before an update.
+
+    What the user does to ``p.grad`` in between counts: a gradient that is dropped (``p.grad = None``,
+    ``model.zero_grad()``) is dropped, another one in its place is refused.
+    """
+
+    def __init__(self, gradients: Sequence[ChunkGradient]) -> None:
+        self._gradients = gradients
+        self._made: dict[nn.Parameter, StandIn] = {}
+        self._placed: dict[nn.Parameter, tuple[ChunkGradient, int]] = {}
+
+    def place(self) -> None:
+        """Marks each parameter that has had a gradient."""
+        for gradient in self._gradients:
+            for slot, (param, used) in enumerate(zip(gradient.chunk.params, gradient.used, strict=True)):
+                if used and param.grad is None:
+                    if param not in self._made:
+                        self._made[param] = StandIn.make(param, gradient.chunk.names[slot])
+                    param.grad = self._made[param]
+                    self._placed[param] = gradient, slot
+
+    def received(self, param: nn.Parameter, grad: Tensor) -> Tensor:
+        """The gradient that autograd has just left in ``p.grad``; a stand-in may have been there."""
+        place = self._placed.pop(param, None)
+        if type(grad) is StandIn:
+            received, grad.received = grad.received, None
+            assert received is not None
+            return received
+        if place is not None:
+            place[0].drop(place[1])  # the one before, which the user has taken away
+        return grad
+
+    def take(self) -> None:
+        """Takes them away.
+
+        Raises:
+            StateError: the user has put a gradient of their own in the place of one.
+        """
+        placed, self._placed = self._placed, {}
+        own = []
+        for param, (gradient, slot) in placed.items():
+            if param.grad is None:
+                gradient.drop(slot)
+            elif type(param.grad) is not StandIn:
+                own.append(gradient.chunk.names[slot])
+            param.grad = None
+        if own:
+            raise StateError(
+                f"{', '.join(own[:3])}{' and others' if len(own) > 3 else ''}: .grad was set by hand, but the "
+                "optimizer takes gradients from the chunks. Change the loss instead, or scale it."
+            )
+
+    def forget(self) -> None:
+        """Takes them away whatever has become of them."""
+        for param in self._placed:
+            param.grad = None
+        self._placed.clear()

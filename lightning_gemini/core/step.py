@@ -1,0 +1,176 @@
+"""The step under way: what hooks report becomes pins, gradients and watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gemini.core.access import SavedTensors
+from lightning_gemini.core.errors import HiddenReadError, StateError
+from lightning_gemini.core.gradients import Gradients
+from lightning_gemini.core.hidden import HiddenReads
+from lightning_gemini.core.hooks import Hooks
+from lightning_gemini.core.schedule import Schedule
+from lightning_gemini.core.stand_in import StandIns
+from lightning_gemini.core.store import Store
+from lightning_gemini.core.units import Unit
+from lightning_gemini.core.use import Use, Uses
+
+
+class Step:
+    """Forward and backward of one model in chunks; what :class:`hooks.Events` asks for.
+
+    Args:
+        params: the managed parameters, in the order of the layout.
+        check: whether every step is watched for reads that hooks cannot see.
+        live: whether chunks are in charge of the parameters now.
+        abort: drops everything that is under way.
+
+    Attributes:
+        uses: who has pinned what.
+        hidden: the reads that hooks cannot see.
+        stand_ins: what is in ``p.grad``.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        units: Sequence[Unit],
+        store: Store,
+        schedule: Schedule,
+        gradients: Gradients,
+        check: bool,
+        live: Callable[[], bool],
+        abort: Callable[[], None],
+    ) -> None:
+        specs = store.layout.params
+        self._names: Mapping[nn.Parameter, tuple[int, str]] = {
+            param: (index, spec.name) for index, (param, spec) in enumerate(zip(params, specs, strict=True))
+        }
+        self._params = params
+        self._moving = schedule.moving
+        self._gradients = gradients
+        self._live = live
+        self._abort = abort
+        self.uses = Uses(store, schedule, units)
+        self.hidden = HiddenReads(self.uses, self._names, check)
+        self.stand_ins = StandIns(list(gradients.chunks.values()))
+        self._saved = SavedTensors(store.chunks, self.uses.unpack)
+        self._outermost: ExitStack | None = None  # of a unit called outside of any step
+        self._pauses: list[AbstractContextManager[Any]] = []
+        pairs = enumerate(zip(params, specs, strict=True))
+        trained = {index: param for index, (param, spec) in pairs if spec.trainable or spec.kind.updated}
+        # parameters that are never freed need no forward hooks
+        self._hooks = Hooks(self, units if self._moving else (), trained)
+
+    @contextmanager
+    def forward(self, name: str) -> Iterator[None]:
+        """See :meth:`Engine.forward`."""
+        if not self._moving:
+            yield
+            return
+        self.uses.enter_scope(name)
+        try:
+            with self._saved.hooks(), self.hidden.watch(name):
+                yield
+        except BaseException as error:
+            self._abort()
+            if isinstance(error, HiddenReadError):
+                self.hidden.suspect()
+            if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
+                raise StateError(f"the model {_TRANSFORMS}") from error
+            raise
+        self.uses.exit_scope()
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """See :meth:`Engine.backward`."""
+        try:
+            self.stand_ins.take()
+            with self._hooks.backward():
+                yield
+        except BaseException:
+            self._abort()
+            raise
+
+    def reset(self) -> None:
+        """Forgets the forward and the backward under way."""
+        self.stand_ins.forget()
+        self._hooks.reset()
+        self.uses.reset()
+
+    def remove(self) -> None:
+        """Takes all hooks off."""
+        self._hooks.remove()
+
+    def notice_failure(self) -> None:
+        """Finds out about a backward that failed and that nobody reported."""
+        self._hooks.abandon_stale()
+
+    def read(self, param: nn.Parameter) -> None:
+        """A parameter is read through its module, outside of its unit's forward."""
+        if self._moving and self._live():
+            self.uses.read(*self._names[param])
+
+    # What the hooks report (see hooks.Events)
+
+    def pre_forward(self, unit: Unit) -> None:
+        if not self._live():
+            return
+        _refuse_transforms(unit)
+        outermost = not self.uses.running and torch._C._current_graph_task_id() == -1
+        self.uses.pre_forward(unit)
+        if outermost:
+            self._outermost = ExitStack()
+            self._outermost.enter_context(self.hidden.watch(unit.name))
+            if torch.is_grad_enabled():
+                self._outermost.enter_context(self._saved.hooks())
+        if unit.compiled:
+            self._pauses.append(self.hidden.pause())
+            self._pauses[-1].__enter__()
+
+    def post_forward(self, unit: Unit) -> Use:
+        if not self._live():
+            return ()
+        if unit.compiled:
+            self._pauses.pop().__exit__(None, None, None)
+        use = self.uses.post_forward(unit)
+        if self._outermost is not None and not self.uses.running:
+            contexts, self._outermost = self._outermost, None
+            contexts.close()
+        return use
+
+    def pre_backward(self, unit: Unit, use: Use) -> None:
+        self.uses.pre_backward(unit, use)
+
+    def post_backward(self, use: Use) -> None:
+        self.uses.post_backward(use)
+
+    def gradient(self, param: int, grad: Tensor) -> None:
+        self._gradients.add(param, self.stand_ins.received(self._params[param], grad))
+
+    def backward_over(self, declared: bool) -> None:
+        if declared or self._gradients.begun:  # autograd.grad leaves no gradient anywhere
+            self._gradients.end_backward()
+        self.uses.backward_over()
+        self.stand_ins.place()
+
+    def backward_failed(self) -> None:
+        self._abort()
+
+
+def _refuse_transforms(unit: Unit) -> None:
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() != torch._C._functorch.TransformType.Vmap:
+        raise StateError(f"{unit.name} {_TRANSFORMS}")
+
+
+#: torch.func differentiates without saved-tensor hooks, and says so itself if it finds some.
+_TRANSFORMS = (
+    "runs inside torch.func.grad, jvp or what builds on them, which cannot follow chunks that are freed and fetched. "
+    "Use torch.autograd.grad, or keep all chunks unsharded: placement='device' with room for them."
+)
