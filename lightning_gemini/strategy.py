@@ -9,21 +9,22 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gemini.core import ConfigurationError, Engine, shard
-from lightning_gemini.core.construct import leave_meta, load_on_meta, return_to_meta
+from lightning_gemini.core.construct import leave_meta, load_on_meta, return_to_meta, to_host
 from lightning_gemini.core.memory import available_bytes, parse_bytes
 from lightning_gemini.even import even, require_even
+from lightning_gemini.handover import hand_back
 from lightning_gemini.precision import GeminiPrecision
 from lightning_gemini.ranks import RankStrategy, StartMethod
 from lightning_gemini.supported import require_supported
@@ -248,17 +249,18 @@ class GeminiStrategy(RankStrategy):
     @override
     def teardown(self) -> None:
         if self._engine is not None:
-            alone = self.world_size == 1
-            if self._failed and not alone:
-                rank_zero_warn(
-                    "the run ended in an exception: the weights stay in pieces on the ranks, and the model holds "
-                    "placeholders (NaN). Load a checkpoint to go on."
-                )
-            self._engine.release(keep_weights=alone or not self._failed)
+            parted = self._failed and self.world_size > 1
+            hand_back(self._engine, parted, self._budgets()[1])
             self._engine = None
         if isinstance(self._precision_plugin, GeminiPrecision):
             self._precision_plugin.engine = None
+        # module.cpu() would copy placeholders out to their full size, and fail on meta
+        module, self._lightning_module = self._lightning_module, None
         super().teardown()
+        self._lightning_module = module
+        if module is not None:
+            _update_properties(module, device=torch.device("cpu"))
+            module._apply(to_host)
 
     # Steps
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -243,3 +244,42 @@ def test_callbacks_on_whole_weights_are_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"cannot run the callback {name}: .*\. (Use|Prune|Give) "):
         trainer(callbacks=[_refused()[name]()]).fit(module, loader())
     assert not module.losses
+
+
+# The model after a run
+
+
+class AllFail(Module):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if self.trainer.global_step == 2:
+            raise ValueError("on every rank")
+        return super().training_step(batch, index)
+
+
+def _fail_and_go_on() -> dict[str, Any]:
+    on_ranks()
+    found: dict[str, Any] = {}
+    for key, strategy in STRATEGIES.items():
+        module, again = AllFail(), Module()
+        with pytest.raises(ValueError, match="on every rank"):
+            trainer(GeminiStrategy(**strategy)).fit(module, loader())
+        trainer(GeminiStrategy(**strategy), max_steps=2).fit(again, loader())
+        found[key] = [[p.detach().clone() for p in m.parameters()] for m in (module, again)]
+    small = Module()
+    said = pytest.warns(UserWarning, match="do not fit into the host memory of every rank")
+    with said if dist.get_rank() == 0 else nullcontext():
+        trainer(GeminiStrategy("device", device_memory="245KiB", chunk_size=1088, host_memory="20KiB")).fit(
+            small, loader()
+        )
+    found["small"] = [p.detach().isnan().all().item() for p in small.parameters()]
+    return found
+
+
+def test_the_model_after_an_exception_on_all_ranks_and_the_next_fit() -> None:
+    plain = Module()
+    trainer("auto", max_steps=2).fit(plain, loader())
+    for found in run_ranks(_fail_and_go_on, 2):
+        for values in (*found["kept"], found["host"][1]):
+            torch.testing.assert_close(values, [p.detach() for p in plain.parameters()], rtol=2e-3, atol=3e-4)
+        assert all(value.isnan().all() for value in found["host"][0])
+        assert all(found["small"])

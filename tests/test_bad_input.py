@@ -13,7 +13,8 @@ from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, Precision
 from torch import Tensor, nn
 
 from lightning_gemini import GeminiPrecision, GeminiStrategy
-from lightning_gemini.core import ConfigurationError, OutOfBudgetError
+from lightning_gemini.core import ConfigurationError, OutOfBudgetError, StateError, shard
+from tests import cases
 from tests.lightning_cases import Module, loader, trainer
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -146,3 +147,85 @@ def test_the_engine_exists_only_during_a_run() -> None:
     strategy = trainer().strategy
     with pytest.raises(RuntimeError, match="only while the Trainer runs"):
         strategy.memory_report()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device_memory": None}, "device_memory must be"),
+        ({"host_memory": {}}, "host_memory must be"),
+        ({"placement": ["device"]}, "placement must be one of"),
+        ({"timeout_seconds": "x"}, "timeout_seconds must be a positive number"),
+        ({"timeout_seconds": float("nan")}, "timeout_seconds must be a positive number"),
+    ],
+)
+def test_settings_of_another_type(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        GeminiStrategy(**settings)
+
+
+def test_a_text_is_no_list_of_units() -> None:
+    with pytest.raises(ConfigurationError, match=r"unit_modules must be a list, such as \['Linear'\]"):
+        trainer(GeminiStrategy(unit_modules="Linear")).fit(Module(), loader())
+
+
+def test_parameters_that_are_one_memory() -> None:
+    module = Module()
+    module.model.layers[1][0].weight.data = module.model.layers[0][0].weight.data
+    with pytest.raises(ConfigurationError, match=r"layers.0.0.weight and model.layers.1.0.weight share their memory"):
+        trainer().fit(module, loader())
+
+
+def test_a_dtype_that_changes_after_the_layout() -> None:
+    module = Module()
+    module.on_fit_start = lambda: module.model.layers[0].double()
+    with pytest.raises(StateError, match=r"model.layers.0.0.weight.* was changed from outside"):
+        trainer().fit(module, loader())
+
+
+def test_a_chunk_that_does_not_fit_is_found_before_the_first_step() -> None:
+    with pytest.raises(OutOfBudgetError, match=r"the largest chunk, with model\..* in it, takes .* KiB while"):
+        trainer(GeminiStrategy(device_memory="10KiB", chunk_size=2**15)).fit(Module("opt"), loader("opt"))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_refused_model_can_be_tried_again(precision: str) -> None:
+    """Built on meta, and with buffers that a precision would have changed."""
+
+    for meta in (False, True):
+        with trainer().init_module(empty_init=meta):
+            module = Module("ConvNet")
+        module.register_buffer("tenth", torch.tensor(0.1)) if not meta else None
+        with pytest.raises(ConfigurationError, match="chunk_size must be"):
+            trainer(GeminiStrategy(chunk_size=63), precision=precision).fit(module, loader("ConvNet"))
+        assert all(p.is_meta == meta for p in module.parameters())
+        if not meta:
+            assert module.tenth == torch.tensor(0.1)
+        trainer().fit(module, loader("ConvNet"))
+        assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_gradients_from_before_are_not_counted() -> None:
+    plain, model = cases.build("Mlp"), cases.build("Mlp")
+    x = torch.randn(4, cases.WIDTH)
+    model(x).sum().backward()
+    ours, theirs = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(plain.parameters(), lr=0.1)
+    engine = shard(model, [ours])
+    for step_model, optimizer in ((model, ours), (plain, theirs)):
+        optimizer.zero_grad()
+        step_model(x).square().sum().backward()
+        optimizer.step()
+    engine.release()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_model_without_parameters_may_be_evaluated() -> None:
+    class Mean(L.LightningModule):
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.log("mean", batch[0].mean())
+
+        def predict_step(self, batch: Any, index: int) -> Tensor:
+            return batch[0].mean()
+
+    assert "mean" in trainer().validate(Mean(), loader(), verbose=False)[0]
+    assert len(trainer().predict(Mean(), loader())) == 6

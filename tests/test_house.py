@@ -23,7 +23,7 @@ ROOMS = [
     ["data"],
     ["text"],
     ["strategy"],
-    ["ranks", "precision", "even", "supported"],
+    ["ranks", "precision", "even", "supported", "handover"],
     ["core"],
     ["core.shard"],
     ["core.engine"],
@@ -173,3 +173,12 @@ def test_every_readme_command_runs(command: str, tmp_path: Path) -> None:
         assert program in ("python", "torchrun"), f"do not know how to check {command!r}"
         launcher = ["-m", "torch.distributed.run", "--standalone"] if program == "torchrun" else []
         assert losses(run(sys.executable, *launcher, *arguments)) == losses(EXPECTED)
+
+
+def test_the_table_of_what_works_names_cases_and_tests_that_exist() -> None:
+    table = (ROOT / "docs" / "compatibility.md").read_text()
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[3])}
+    assert len(named) > 100
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    assert not sorted(name for name in named if not re.search(rf"(def|class) {name}\b", sources))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 from collections.abc import Callable
@@ -269,3 +270,106 @@ def test_a_state_for_another_optimizer_is_refused() -> None:
     wrong.step()
     with pytest.raises(ConfigurationError, match="should have the parameter's shape"):
         engine.load_optimizer_state_dict(optimizer, wrong.state_dict())
+
+
+# What a rule may not be
+
+
+class ClipsOverAll(torch.optim.SGD):
+    """Looks at all parameters of a group at once."""
+
+    def step(self, closure: Any = None) -> Any:
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 0.1)
+        return super().step(closure)
+
+
+class CountsItsSteps(torch.optim.SGD):
+    """Keeps on the object what belongs into the groups."""
+
+    calls = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(param.grad, alpha=0.1 / self.calls)
+
+
+@pytest.mark.parametrize("cls", [ClipsOverAll, CountsItsSteps])
+def test_rules_that_many_calls_would_change_are_refused(cls: type[Optimizer]) -> None:
+    model = cases.build("Mlp")
+    before = torch.get_rng_state()
+    with pytest.raises(ConfigurationError, match=rf"{cls.__name__}\) cannot update flat shards"):
+        shard(model, [cls(model.parameters(), lr=0.1)])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class CallsSuper(torch.optim.AdamW):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("home", list(Home))
+def test_a_subclass_that_calls_super(home: Home) -> None:
+    calls = []
+
+    def make(params: Any) -> Optimizer:
+        optimizer = CallsSuper(params, lr=0.01)
+        optimizer.register_step_post_hook(lambda *_: calls.append(1))
+        return optimizer
+
+    ours, _ = train("Mlp", make, home)
+    theirs, _ = train("Mlp", lambda p: torch.optim.AdamW(p, lr=0.01), None)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_state_made_in_the_constructor_when_the_first_parameter_is_a_number() -> None:
+    def build() -> nn.Module:
+        model = nn.Module()
+        model.scale, model.matrix = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.ones(8, 8))
+        return model
+
+    results = []
+    for home in (None, Home.FULL, Home.HOST):
+        model = build()
+        optimizer = torch.optim.Adagrad(model.parameters(), initial_accumulator_value=0.3)
+        engine = shard(model, [optimizer], home=home) if home else None
+        for _ in range(3):
+            with engine.forward() if engine else torch.enable_grad():
+                loss = (model.matrix * model.scale).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if engine:
+            engine.release()
+        results.append(list(model.parameters()))
+    for params in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(params, results[0], strict=True))
+
+
+@pytest.mark.parametrize("home", list(Home))
+def test_state_dicts_of_the_optimizer_itself(home: Home) -> None:
+    """In a plain loop, without Lightning's checkpoints."""
+
+    def steps(model: nn.Module, optimizer: Optimizer, numbers: range) -> None:
+        for step in numbers:
+            cases.CASES["Mlp"].loss(model, cases.batches("Mlp", 6, 1)[step][0]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    plain = cases.build("Mlp")
+    theirs = cases.adamw("Mlp", plain)
+    steps(plain, theirs, range(3))
+    model = copy.deepcopy(plain)
+    ours = cases.adamw("Mlp", model)
+    engine = shard(model, [ours], home=home, chunk_size=2048)
+    ours.load_state_dict(theirs.state_dict())
+    steps(model, ours, range(3, 6))
+    steps(plain, theirs, range(3, 6))
+    saved, expected = ours.state_dict(), theirs.state_dict()
+    assert saved["param_groups"] == expected["param_groups"]
+    torch.testing.assert_close(saved["state"], expected["state"], rtol=0, atol=0)
+    engine.release()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))

@@ -35,6 +35,15 @@ def return_to_meta(root: nn.Module, unbuilt: set[nn.Parameter]) -> None:
     _exchange(root, unbuilt, lambda param: torch.empty_like(param, device="meta"))
 
 
+def to_host(tensor: Tensor) -> Tensor:
+    """The tensor in host memory; one on ``meta`` stays there, a placeholder stays one."""
+    if tensor.is_meta:
+        return tensor
+    if tensor.numel() > 1 and not any(tensor.stride()):
+        return placeholder(tensor.shape, tensor.dtype, torch.device("cpu"))
+    return tensor.cpu()
+
+
 def _exchange(root: nn.Module, params: set[nn.Parameter], make: Callable[[nn.Parameter], Tensor]) -> None:
     """Gives each of ``params`` the data that ``make`` makes, on another device, and leaves its identity."""
     recurrent = [m for m in root.modules() if isinstance(m, nn.RNNBase) and params.intersection(m._parameters.values())]

@@ -113,6 +113,11 @@ class Engine:
         return self.store.counters
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, whole and in the dtypes that they had before the layout."""
+        return self._summoner.nbytes
+
+    @property
     def moving(self) -> bool:
         """Whether chunks are freed and unsharded again during a step."""
         return self._schedule.moving
@@ -160,7 +165,6 @@ class Engine:
 
         What is on this rank stays, but nothing can be gathered any more. On one rank nothing happens.
         """
-        self.abort()
         text = str(error).strip()
         self.store.collectives.leave(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
@@ -266,15 +270,19 @@ class Engine:
         """This rank's bytes per tier, now and at the peak, and what has been moved."""
         return memory_report(self.store, self.moving)
 
-    def release(self, keep_weights: bool = True) -> None:
+    def release(self, keep_weights: bool = True) -> bool:
         """Makes the model an ordinary module again, and the optimizers ordinary ones without state.
 
         Args:
             keep_weights: gather the whole weights into host memory on every rank, all of which have to call;
                 otherwise parameters that are not whole here become placeholders.
+
+        Returns:
+            whether the model has its weights.
         """
         if self._phase is Phase.RELEASED:
-            return
+            return True
+        torn = any(optimizer.stepping for optimizer in self.optimizers)
         self.abort()
         for optimizer in self.optimizers:
             optimizer.remove()
@@ -284,14 +292,17 @@ class Engine:
         self._guard.remove()
         for unit in self.units:
             unmanage(unit)
-        if keep_weights or self.store.collectives.world_size == 1:
+        whole = True
+        if keep_weights:
             self._summoner.bind(range(len(self._params)), self.store.host.device)
         else:
+            whole = not torn and not self._schedule.moving
             for chunk in self.store.chunks:
-                chunk.let_go()
+                self._summoner.bind_kept(chunk) if whole else chunk.let_go()
         self._gradients.release()
         self.store.release()
         self._phase = Phase.RELEASED
+        return whole
 
     def sync_buffers(self) -> None:
         """Gives all ranks rank 0's buffers, before an evaluation; every rank has to call."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_gemini.core.chunk import Chunk
 from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.store import Store
 
@@ -24,6 +25,11 @@ class Summoner:
         self._store = store
         self._params = params
         self._dtypes = dtypes
+
+    @property
+    def nbytes(self) -> int:
+        """What all of them take, whole."""
+        return sum(p.numel() * dtype.itemsize for p, dtype in zip(self._params, self._dtypes, strict=True))
 
     def values(
         self, wanted: Collection[int], device: torch.device, everywhere: bool = True
@@ -53,6 +59,11 @@ class Summoner:
         """Gives parameters their whole values as ordinary tensors; they are no views of their chunks any more."""
         for index, value in self.values(wanted, device, everywhere):
             self._params[index].data = value
+
+    def bind_kept(self, chunk: Chunk) -> None:
+        """Gives the parameters of a chunk that is whole on this rank copies in host memory; nobody else takes part."""
+        for slot, (param, place) in enumerate(zip(chunk.params, chunk.spec.slots, strict=True)):
+            param.data = chunk.view(slot).to(self._store.host.device, self._dtypes[place.param], copy=True)
 
     def bind_grads(
         self, wanted: Collection[int], gradients: Sequence[ChunkGradient], device: torch.device, everywhere: bool = True

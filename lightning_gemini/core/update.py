@@ -125,6 +125,7 @@ class OptimizerOnChunks:
         self._updated = updated
         self._params: list[list[nn.Parameter]] = []
         self._last: tuple[ChunkUpdate, list[Segment]] | None = None
+        self._stepping = False
         self._call: FrameType | None = None  # the call of ``step`` under way
         self._refreshing: list[Pending] = []
         self._n_groups = len(optimizer.param_groups)
@@ -137,6 +138,11 @@ class OptimizerOnChunks:
     @property
     def gradients(self) -> list[ChunkGradient]:
         return [update.gradient for update in self.updates]
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way, or ended in an exception: some chunks may have been updated and others not."""
+        return self._stepping
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of this optimizer's parameters."""
@@ -176,6 +182,7 @@ class OptimizerOnChunks:
             )
         self._prepare(self.gradients)
         self._call = sys._getframe(1)
+        self._stepping = True
         self._params = [group["params"] for group in self.optimizer.param_groups]
         try:
             active = [u for u in self.updates if u.gradient.shard is not None and any(u.gradient.used)]
@@ -204,6 +211,7 @@ class OptimizerOnChunks:
             self._finish(*self._last)
         for pending in self._refreshing:
             pending.wait()
+        self._stepping = False
         self.restore()
         self._gradients.discard(self.gradients)
 
