@@ -99,6 +99,7 @@ class Engine:
                 self._step.notice_failure,
                 self._before_update,
                 self._guard.updated,
+                self._step.stand_ins.forget,
             )
             for index, optimizer in enumerate(optimizers)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -78,16 +78,22 @@ class StandIns:
 
     def place(self) -> None:
         """Marks each parameter that has had a gradient."""
+        made, placed = self._made, self._placed
         for gradient in self._gradients:
-            for slot, (param, used) in enumerate(zip(gradient.chunk.params, gradient.used, strict=True)):
-                if used and param.grad is None:
-                    if param not in self._made:
-                        self._made[param] = StandIn.make(param, gradient.chunk.names[slot])
-                    param.grad = self._made[param]
-                    self._placed[param] = gradient, slot
+            if not any(gradient.used):
+                continue
+            for slot, param in enumerate(gradient.chunk.params):
+                if gradient.used[slot] and param not in placed:
+                    stand_in = made.get(param)
+                    if stand_in is None:
+                        stand_in = made[param] = StandIn.make(param, gradient.chunk.names[slot])
+                    param.grad = stand_in
+                    placed[param] = gradient, slot
 
     def received(self, param: nn.Parameter, grad: Tensor) -> Tensor:
         """The gradient that autograd has just left in ``p.grad``; a stand-in may have been there."""
+        if not self._placed:
+            return grad
         place = self._placed.pop(param, None)
         if type(grad) is StandIn:
             received, grad.received = grad.received, None
@@ -117,8 +123,8 @@ class StandIns:
                 "optimizer takes gradients from the chunks. Change the loss instead, or scale it."
             )
 
-    def forget(self) -> None:
-        """Takes them away whatever has become of them."""
-        for param in self._placed:
-            param.grad = None
-        self._placed.clear()
+    def forget(self, params: Iterable[nn.Parameter] | None = None) -> None:
+        """Takes them, or those of ``params``, away whatever has become of them."""
+        for param in list(self._placed) if params is None else params:
+            if self._placed.pop(param, None) is not None:
+                param.grad = None

@@ -10,7 +10,7 @@ call that the user made. So counters in a group advance once, and hooks and sche
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from types import FrameType
 from typing import Any
@@ -102,6 +102,7 @@ class OptimizerOnChunks:
         notice: called first in every step and ``zero_grad``, to find out about a backward that failed.
         prepare: called before anything is updated; agrees with the other ranks, may raise.
         updated: called when parameters of a chunk have changed, with the marks of those that have.
+        dropped: called when parameters have lost their gradients.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class OptimizerOnChunks:
         notice: Callable[[], None],
         prepare: Callable[[list[ChunkGradient]], None],
         updated: Callable[[Chunk, list[bool]], None],
+        dropped: Callable[[Iterable[nn.Parameter]], None],
     ) -> None:
         self.optimizer = optimizer
         self.updates = list(updates)
@@ -123,6 +125,7 @@ class OptimizerOnChunks:
         self._notice = notice
         self._prepare = prepare
         self._updated = updated
+        self._dropped = dropped
         self._params: list[list[nn.Parameter]] = []
         self._last: tuple[ChunkUpdate, list[Segment]] | None = None
         self._stepping = False
@@ -148,6 +151,7 @@ class OptimizerOnChunks:
         """Forgets the gradients of this optimizer's parameters."""
         self._notice()
         self._gradients.discard(self.gradients)
+        self._dropped(param for gradient in self.gradients for param in gradient.chunk.params)
 
     def remove(self) -> None:
         """Makes the optimizer an ordinary one again, without state."""
