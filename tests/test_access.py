@@ -260,6 +260,21 @@ def test_a_late_hidden_read_fails_the_step_and_is_served_in_the_next(
 
 
 @pytest.mark.parametrize("home", MOVED)
+def test_a_loss_that_is_not_finite_of_itself_goes_on_as_in_torch_if_the_step_was_watched(home: Home) -> None:
+    for check in (False, True):
+        model, optimizer, engine = make(home=home, check=check)
+        for factor in (float("inf"), 1.0):
+            with engine.forward("training_step"):
+                loss = model(batch()).square().mean() * factor
+            engine.doubt(loss)
+            with engine.backward():
+                loss.backward()
+            optimizer.step()
+        engine.release()
+        assert any(p.isnan().any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("home", MOVED)
 def test_a_step_inside_a_scope_renews_what_is_in_use(home: Home) -> None:
     """Manual optimization: a weight was read before ``step`` and is read again after it."""
 

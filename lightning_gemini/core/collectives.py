@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +53,7 @@ class Collectives:
         self._exchange = group is not None and dist.get_backend(group) == "gloo"
         self._board = None if group is None else _new_board(group)
         self._parted = False
-        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="gemini-wait") if self._exchange else None
+        self._waiter = _Waiter() if self._exchange else None
 
     def shard_of(self, full: Tensor) -> Tensor:
         """This rank's slice of a flat buffer, a view."""
@@ -181,6 +183,11 @@ class Collectives:
         for group in groups - {dist.group.WORLD} if self._exchange else ():
             dist.destroy_process_group(group)
 
+    def close(self) -> None:
+        """Nothing will be exchanged any more."""
+        if self._waiter is not None:
+            self._waiter.close()
+
     def _works(self, works: Sequence[dist.Work], then: Callable[[], None] | None = None) -> Pending:
         return _Works(works, then, self.explains)
 
@@ -211,7 +218,7 @@ class _Works:
         works: Sequence[dist.Work],
         then: Callable[[], None] | None = None,
         explains: Callable[[], AbstractContextManager[None]] = nullcontext,
-        waiter: Executor | None = None,
+        waiter: _Waiter | None = None,
     ) -> None:
         self._works = works
         self._then = then
@@ -241,6 +248,41 @@ class _Works:
 
 
 _DONE = _Works(())
+
+
+_Job = tuple[Callable[[], None], "Future[None]"]
+
+
+class _Waiter:
+    """Does one thing after the other in a thread that does not keep the process alive."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._thread: Thread | None = None
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        if self._thread is None:
+            self._thread = Thread(target=_work_off, args=(self._jobs,), name="gemini-wait", daemon=True)
+            self._thread.start()
+        future: Future[None] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        """Ends the thread when it has done what was submitted."""
+        self._jobs.put(None)
+
+
+def _work_off(jobs: SimpleQueue[_Job | None]) -> None:
+    while (entry := jobs.get()) is not None:
+        job, future = entry
+        try:
+            job()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+        del entry, job, future  # they hold buffers
 
 
 _boards: Counter[str] = Counter()

@@ -349,6 +349,7 @@ class Engine:
         failed, *changed = self._gradients.agree(gradients, [failure is not None, *self._buffers.changed()])
         if failed:
             self._gradients.discard(gradients)  # they may be what was wrong
+            self._step.hidden.suspect()
         if failure is not None:
             raise failure
         if failed:

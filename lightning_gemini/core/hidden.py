@@ -58,6 +58,7 @@ class HiddenReads:
         self._always = always
         self._calm: dict[str, bool] = {}  # by kind of step: whether its watched steps had nothing to hide
         self._watching = 0
+        self._watched = True  # the step under way, or the last one
         self._doubts: list[Tensor] = []
         self.found: dict[str, None] = {}
 
@@ -65,10 +66,12 @@ class HiddenReads:
     def watch(self, kind: str) -> Iterator[None]:
         """Around a step of some kind; watches if there is a reason."""
         if self._watching or (self._calm.get(kind) and not self._always):
+            self._watched = bool(self._watching)
             yield
             return
         before = len(self.found)
         self._watching += 1
+        self._watched = True
         try:
             with _Watch(self):
                 yield
@@ -87,7 +90,7 @@ class HiddenReads:
 
     def doubt(self, loss: Tensor) -> None:
         """Notes the loss of a step: if it is not finite, :meth:`settle` raises. A watched step is above doubt."""
-        if not self._watching and any(self._calm.values()) and not self._always:
+        if not self._watched:
             self._doubts.append(loss.detach().isfinite().all())
 
     def settle(self) -> None:

@@ -220,6 +220,7 @@ class Store:
             self._master_tiers[index].give(master.nbytes)
         self.chunks.clear()
         self.masters.clear()
+        self.collectives.close()
 
     def _gather(self, chunk: Chunk) -> Pending:
         self.counters.gathered_bytes += chunk.spec.nbytes - chunk.own.nbytes
