@@ -278,7 +278,7 @@ def test_a_loss_that_is_not_finite_of_itself_goes_on_as_in_torch_if_the_step_is_
             with pytest.raises(NonFiniteError, match="Either training diverged"):
                 step(1.0)
         engine.release()
-        assert all(p.isnan().all() for p in model.parameters())
+        assert any(p.isnan().any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("home", MOVED)
