@@ -78,7 +78,7 @@ class ShardedWeightAveraging(Callback):
             self._update(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.validate and self._updates:
+        if self.validate and self._updates and self._average is not None:
             self._show(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,6 +95,15 @@ class ShardedWeightAveraging(Callback):
         self._average, self._hidden_buffers = None, None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._average is None:
+            return
+        if self._hidden_buffers is not None:
+            self._put(pl_module, self._hidden_buffers)
+            if trainer.world_size == 1:
+                self._average.restore()
+            else:
+                trainer.strategy.engine.tear()
+        self._average.abandon()
         self._average, self._hidden_buffers = None, None
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
+import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
@@ -93,6 +94,14 @@ class GeminiPrecision(Precision):
             yield
 
     @override
+    def backward(self, tensor: Tensor, model: L.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # here and not around the hooks that Lightning calls before and after: on_after_backward finds gradients reduced
+        engine = self._live_engine()
+        engine.doubt(tensor)
+        with engine.backward():
+            super().backward(tensor, model, optimizer, *args, **kwargs)
+
+    @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         self._live_engine().clip_grad_norm(_unwrap(optimizer), clip_val)
 
@@ -102,7 +111,7 @@ class GeminiPrecision(Precision):
 
     def _live_engine(self) -> Engine:
         if self.engine is None:
-            raise RuntimeError("gradients can be clipped during fit only: there is no engine yet, or no longer")
+            raise RuntimeError("there are gradients during fit only: there is no engine yet, or no longer")
         return self.engine
 
 

@@ -326,19 +326,15 @@ class GeminiStrategy(RankStrategy):
         require_even(self.engine.store.collectives, [self._trainer.num_training_batches], "training")
 
     @override
-    def process_dataloader(self, dataloader: object) -> object:
-        return super().process_dataloader(even(dataloader, self._vote) if self.world_size > 1 else dataloader)
-
-    def _vote(self, more: bool) -> bool:
-        """Whether all ranks have another batch."""
-        flag = torch.tensor(float(not more), device=self.root_device)
-        return not self.engine.store.collectives.sum(flag).item()
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:  # loaders may be new ones in each epoch
+            require_even(self.engine.store.collectives, [self._trainer.num_training_batches], "training")
 
     @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        self.engine.doubt(closure_loss)
-        with self.engine.backward():
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
+    def process_dataloader(self, dataloader: object) -> object:
+        return super().process_dataloader(
+            even(dataloader, self.reduce_boolean_decision) if self.world_size > 1 else dataloader
+        )
 
     @contextmanager
     @override

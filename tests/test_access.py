@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -296,11 +297,172 @@ def test_a_step_inside_a_scope_renews_what_is_in_use(home: Home) -> None:
                 losses.append(model(batch(seed)).square().mean().item())
         return losses
 
-    from contextlib import nullcontext
-
     plain = cases.build("Mlp")
     expected = train(plain, cases.adamw("Mlp", plain), nullcontext)
     model, optimizer, engine = make(home=home)
     assert train(model, optimizer, engine.forward) == expected
     engine.release()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+# What an unannounced read may look like
+
+
+class Sly(nn.Module):
+    """Reads kept weights in one way or another."""
+
+    def __init__(self, read: Callable[[list[Tensor], Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(cases.WIDTH, cases.WIDTH) for _ in range(8))
+        self.kept, self.read = [layer.weight for layer in self.layers], read
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.layers:
+            y = layer(y).tanh()
+        return y + self.read(self.kept, x)
+
+
+def _checkpointed(kept: list[Tensor], x: Tensor) -> Tensor:
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(lambda y: (y @ kept[4]).tanh() @ kept[1], x + 0 * kept[0].sum(), use_reentrant=True)
+
+
+SLY: dict[str, Callable[[list[Tensor], Tensor], Tensor]] = {
+    "view_as": lambda kept, x: kept[0].view_as(x.new_empty(cases.WIDTH, cases.WIDTH)).mean(),
+    "reshape_as": lambda kept, x: kept[2].reshape_as(kept[3]).square().mean(),
+    "vmap": lambda kept, x: torch.vmap(lambda row: row.sum())(kept[3]).mean(),
+    "a view kept": lambda kept, x: (kept[0].t(), *(w.square().mean() for w in kept[1:]))[0].mean(),
+    "several": lambda kept, x: torch.stack([w.mean() for w in kept]).sum() + torch.cat(kept[:3]).square().mean(),
+    "a logged number": lambda kept, x: (sum((w.detach() > 0).sum() for w in kept) / 1e4).float(),
+    "recomputed in backward": _checkpointed,
+}
+
+
+@pytest.mark.parametrize("home", MOVED)
+@pytest.mark.parametrize("read", SLY.values(), ids=SLY)
+@pytest.mark.filterwarnings("ignore:.*read in a way that no hook sees")
+def test_sly_reads(read: Callable[[list[Tensor], Tensor], Tensor], home: Home) -> None:
+    results = []
+    for engine_home in (None, home):
+        torch.manual_seed(0)
+        model = Sly(read)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        engine = shard(model, [optimizer], home=engine_home, chunk_size=1152) if engine_home else None
+        losses = []
+        for seed in range(3):
+            with engine.forward() if engine else nullcontext():
+                loss = model(batch(seed)).square().mean()
+            with engine.backward() if engine else nullcontext():
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        if engine:
+            engine.release()
+            assert engine.store.device.used == engine.store.host.used == 0
+        results.append((losses, [p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("home", MOVED)
+def test_listing_parameters_late_or_in_an_evaluation(home: Home) -> None:
+    plain, (model, _, engine) = cases.build("Mlp"), make(home=home)
+    for step in range(3):
+        with engine.forward("training_step"):
+            model(batch())
+            if step == 2:
+                found = [p.detach().norm() for p in model.parameters()]
+    torch.testing.assert_close(found, [p.detach().norm() for p in plain.parameters()])
+    kept = [model.layers[0][0].weight]
+    for step in range(3):
+        with torch.no_grad(), engine.forward("validation_step"):
+            model(batch())
+            if step == 2:
+                assert kept[0].norm() == plain.layers[0][0].weight.norm()
+    engine.release()
+
+
+@pytest.mark.parametrize("home", MOVED)
+def test_a_view_that_a_module_returns_of_its_own_weight(home: Home) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(cases.WIDTH, cases.WIDTH) / 6)
+
+        def forward(self) -> Tensor:
+            return self.weight.t()
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.holder, self.body = Holder(), cases.build("Mlp")
+
+        def forward(self, x: Tensor) -> Tensor:
+            view = self.holder()
+            return self.body(x) @ view
+
+    results = []
+    for engine_home in (None, home):
+        torch.manual_seed(0)
+        model = Root()
+        engine = shard(model, [torch.optim.SGD(model.parameters())], home=engine_home, chunk_size=1152)
+        results.append(model(batch()))
+        engine.release()
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("home", MOVED)
+def test_an_array_that_shares_memory_is_refused_by_name(home: Home) -> None:
+    model, _, engine = make(home=home, chunk_size=1152)
+    with engine.forward():
+        array = model.layers[0][0].weight.detach().numpy()
+    with pytest.raises(StateError, match=r"somebody shares its memory, as weight.numpy\(\) does"):
+        model(batch())
+    assert array.shape == model.layers[0][0].weight.shape
+
+
+# More of what is done to .grad
+
+
+@pytest.mark.parametrize("home", list(Home))
+def test_create_graph_adds_up(home: Home) -> None:
+    def train(model: nn.Module, optimizer: Any) -> None:
+        for seed in range(2):
+            model(batch(seed)).square().mean().backward()
+            model(batch(seed + 5)).square().mean().backward(create_graph=True)
+            model(batch(seed + 7)).square().mean().backward(create_graph=True)
+            optimizer.step()
+            model.zero_grad()
+
+    plain, (model, optimizer, engine) = cases.build("Mlp"), make(home=home)
+    train(plain, cases.adamw("Mlp", plain))
+    train(model, optimizer)
+    engine.release()
+    for value, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("home", list(Home))
+def test_gradients_that_are_set_by_hand_are_refused_and_zeroed_ones_count(home: Home) -> None:
+    model, optimizer, _ = make(home=home)
+    for param in model.parameters():
+        param.grad = torch.ones(param.shape)
+    with pytest.raises(StateError, match=r"\.grad was set by hand"):
+        optimizer.step()
+
+    def train(model: nn.Module, optimizer: Any) -> None:
+        for seed in range(3):
+            model(batch(seed)).square().mean().backward()
+            if seed == 1:
+                model.zero_grad(set_to_none=False)  # a step with zeros: momentum and decay go on
+            optimizer.step()
+            optimizer.zero_grad()
+
+    plain, (model, optimizer, engine) = cases.build("Mlp"), make(home=home)
+    train(plain, cases.adamw("Mlp", plain))
+    train(model, optimizer)
+    engine.release()
+    for value, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(value, expected)

@@ -220,6 +220,36 @@ def test_loaders_of_different_lengths_are_refused(stage: str, word: str) -> None
         assert re.search(rf"rank 0: \[4\], rank 1: \[6\].*limit_{word}_batches", said)
 
 
+class Reloads(Module):
+    def train_dataloader(self) -> DataLoader:
+        rows = 8 + 4 * dist.get_rank() * (self.trainer.current_epoch > 0)
+        return DataLoader(torch.utils.data.TensorDataset(torch.randn(rows, cases.WIDTH)), batch_size=2)
+
+
+def _reloads() -> str:
+    on_ranks()
+    try:
+        trainer("gemini_host", reload_dataloaders_every_n_epochs=1).fit(Reloads())
+    except Exception as error:
+        return str(error)
+    return "nothing"
+
+
+def _predicts_without_parameters() -> int:
+    class Mean(L.LightningModule):
+        def predict_step(self, batch: Any, index: int) -> Tensor:
+            return batch.mean()
+
+    on_ranks()
+    return len(trainer("gemini").predict(Mean(), DataLoader(Endless((8, 12)), batch_size=2)))
+
+
+def test_loaders_that_are_new_in_each_epoch_and_models_without_parameters() -> None:
+    for said in run_ranks(_reloads, 2):
+        assert re.search(r"rank 0: \[4\], rank 1: \[6\]", said)
+    assert run_ranks(_predicts_without_parameters, 2) == [4, 4]
+
+
 # Callbacks that cannot work
 
 

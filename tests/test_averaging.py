@@ -108,6 +108,28 @@ def test_masters_are_averaged_and_put_back() -> None:
     assert plain[0] == watched[0]  # training goes on with the weights, not with their average
 
 
+class FailsInValidation(Module):
+    def validation_step(self, batch: Any, index: int) -> None:
+        if self.trainer.global_step == 6 and index == 2:
+            raise ValueError("in validation")
+        super().validation_step(batch, index)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_failure_in_validation_leaves_the_weights_and_validate_works_afterwards(placement: str) -> None:
+    module, plain, tiers = FailsInValidation(), Module(), []
+    run = trainer(GeminiStrategy(placement, chunk_size=2048), callbacks=[ShardedWeightAveraging(0.5)])
+    module.on_train_start = lambda: tiers.extend((run.strategy.engine.store.device, run.strategy.engine.store.host))
+    with pytest.raises(ValueError, match="in validation"):
+        run.fit(module, loader(), loader())
+    trainer("auto", max_epochs=1).fit(plain, loader())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    assert [tier.used for tier in tiers] == [0, 0]
+    again = trainer(GeminiStrategy(placement), callbacks=[ShardedWeightAveraging(0.5)], max_epochs=1)
+    again.fit(plain, loader(), loader())
+    again.validate(plain, loader(), verbose=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"decay": 1.5}, "decay must be"), ({"start_step": -1}, "start_step must be"), ({"every_n_steps": 0}, "or more")],

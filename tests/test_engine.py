@@ -350,7 +350,7 @@ def test_summon_shows_and_keeps_whole_parameters(home: Home) -> None:
 def test_summon_is_refused_inside_a_step() -> None:
     model, _, engine = make()
     with (
-        pytest.raises(StateError, match="inside a forward or a step"),
+        pytest.raises(StateError, match="inside a forward or a backward"),
         engine.forward(),
         engine.summon(),
     ):

@@ -236,6 +236,27 @@ def test_an_exception_leaves_an_ordinary_model() -> None:
     trainer("gemini_host").fit(plain, loader("opt"))  # and the process goes on
 
 
+class LogsNorms(Module):
+    def __init__(self) -> None:
+        super().__init__("Unused")
+        self.norms: list[float] = []
+
+    def on_after_backward(self) -> None:
+        if isinstance(self.trainer.strategy, GeminiStrategy):
+            self.norms.append(self.trainer.strategy.grad_norm().item())
+        else:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            self.norms.append(torch.nn.utils.get_total_norm(grads).item())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
+def test_norms_are_there_when_lightning_says_that_backward_is_over(strategy: dict[str, Any]) -> None:
+    ours, theirs = LogsNorms(), LogsNorms()
+    trainer(GeminiStrategy(**strategy), accumulate_grad_batches=2).fit(ours, loader("Unused"))
+    trainer("auto", accumulate_grad_batches=2).fit(theirs, loader("Unused"))
+    assert ours.norms == pytest.approx(theirs.norms, rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_precision_modes(precision: str) -> None:
     module = Module("opt")

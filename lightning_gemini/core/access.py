@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Mapping, Sequence, ValuesView
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ class ManagedParameters(dict[str, nn.Parameter | None]):
 
     Args:
         read: called before a parameter is read outside of its unit's forward.
+        listed: called when the parameters are listed, as ``module.parameters()`` does.
         before_copy: called before this is copied or pickled; may refuse it.
     """
 
@@ -27,13 +28,23 @@ class ManagedParameters(dict[str, nn.Parameter | None]):
         items: Mapping[str, nn.Parameter | None],
         unit: Unit,
         read: Callable[[nn.Parameter], None],
+        listed: Callable[[], None],
         before_copy: Callable[[], None],
     ) -> None:
         super().__init__(items)
         self._unit = unit
         self._read = read
+        self._listed = listed
         self._before_copy = before_copy
         self._originals: dict[str, nn.Parameter | None] = {}  # of what functional_call has exchanged
+
+    def items(self) -> ItemsView[str, nn.Parameter | None]:  # type: ignore[override]
+        self._listed()
+        return super().items()
+
+    def values(self) -> ValuesView[nn.Parameter | None]:  # type: ignore[override]
+        self._listed()
+        return super().values()
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
         param = dict.__getitem__(self, name)
@@ -68,10 +79,12 @@ class ManagedParameters(dict[str, nn.Parameter | None]):
         return dict, (dict(self),)  # a copy or a pickle belongs to no engine
 
 
-def manage(unit: Unit, read: Callable[[nn.Parameter], None], before_copy: Callable[[], None]) -> None:
+def manage(
+    unit: Unit, read: Callable[[nn.Parameter], None], listed: Callable[[], None], before_copy: Callable[[], None]
+) -> None:
     """Has the parameters of ``unit`` announce their reads; not inside a compiled unit, whose graph it would split."""
     for module in () if unit.compiled else unit.owners:
-        module.__dict__["_parameters"] = ManagedParameters(module._parameters, unit, read, before_copy)
+        module.__dict__["_parameters"] = ManagedParameters(module._parameters, unit, read, listed, before_copy)
 
 
 def unmanage(unit: Unit) -> None:
@@ -105,6 +118,14 @@ class SavedTensors:
         moved = [c for c in chunks if c.home is not Home.FULL]
         self._by_storage: dict[int, Chunk | str] = {c.full.untyped_storage()._cdata: c for c in moved}
         self._by_storage |= {cdata: name for c in moved for name, cdata in c.placeholder_storages()}
+
+    def chunk_of(self, tensor: Tensor) -> Chunk | None:
+        """The chunk that ``tensor`` is an alias of, if it may be freed."""
+        try:
+            found = self._by_storage.get(tensor.untyped_storage()._cdata)
+        except (RuntimeError, NotImplementedError):
+            return None  # no storage of the ordinary kind: sparse, a subclass, a functorch wrapper
+        return found if isinstance(found, Chunk) else None
 
     def hooks(self) -> AbstractContextManager[Any]:
         """A context in which what autograd saves goes through here."""

@@ -61,6 +61,13 @@ class ShardAverage:
             self._tier(chunk).give(backup.nbytes)
         self._backups.clear()
 
+    @torch.no_grad()
+    def abandon(self) -> None:
+        """Puts the weights back into this rank's shards, after a failure: waits for nobody."""
+        for index, backup in self._backups.items():
+            self._put(self._store.chunks[index], backup)
+        self.release()
+
     def keep(self) -> None:
         """Leaves the average in the weights' place for good, after :meth:`apply`."""
         for index, backup in self._backups.items():
@@ -110,11 +117,14 @@ class ShardAverage:
         return self._store.masters.get(chunk.index, chunk.shard)
 
     def _write(self, chunk: Chunk, values: Tensor) -> None:
+        self._put(chunk, values)
+        self._renew(chunk)
+
+    def _put(self, chunk: Chunk, values: Tensor) -> None:
         truth = self._truth(chunk)
         truth.copy_(values)
         if truth is not chunk.shard:
             round_to_compute(truth, chunk.shard)
-        self._renew(chunk)
 
     def _tier(self, chunk: Chunk) -> Tier:
         return self._store.host if chunk.home is Home.HOST else self._store.device

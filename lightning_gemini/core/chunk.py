@@ -109,6 +109,11 @@ class Chunk:
         """HELD -> FREE: the parameters become placeholders and the storage goes."""
         if self.home is Home.FULL:
             raise StateError(f"chunk {self.index} lives in its unsharded storage and cannot be freed")
+        if not self.full.untyped_storage().resizable():
+            raise StateError(
+                f"chunk {self.index}, with {self.names[0]} in it, cannot be freed: somebody shares its memory, as "
+                "weight.numpy() does. Take a copy: weight.detach().clone().numpy()."
+            )
         self._move(ChunkState.FREE)
         self._point_params_at(self._placeholders)
         self.full.untyped_storage().resize_(0)

@@ -87,7 +87,12 @@ class ChunkGradient:
 
     def drop(self, slot: int) -> None:
         """Forgets the gradient of one parameter, reduced or not."""
-        self.used[slot] = self._arrived[slot] = False
+        self.zero(slot)
+        self.used[slot] = False
+
+    def zero(self, slot: int) -> None:
+        """Makes the gradient of one parameter zero, reduced or not."""
+        self._arrived[slot] = False
         if self.shard is not None:
             self.shard[self.spans[slot].start : self.spans[slot].stop].zero_()
 

@@ -68,6 +68,7 @@ class Engine:
         self.layout: Layout = store.layout
         self.store = store
         self._phase = Phase.LIVE
+        self._torn = False
         self._params = list(params)
         self._index_of = {param: index for index, param in enumerate(params)}
         self._schedule = Schedule(store)
@@ -104,7 +105,7 @@ class Engine:
             for index, optimizer in enumerate(optimizers)
         ]
         for unit in self.units:
-            manage(unit, self._step.read, self._guard.before_copy)
+            manage(unit, self._step.read, self._step.hidden.listed, self._guard.before_copy)
         for chunks in self.optimizers:
             self._adopt_state(chunks)
             self._state_hooks += optimizer_state.attach(chunks, store, self._index_of)
@@ -160,6 +161,10 @@ class Engine:
         self._schedule.reset()
         for optimizer in self.optimizers:
             optimizer.restore()
+
+    def tear(self) -> None:
+        """Says that chunks that are kept whole do not hold the weights on all of their parts any more."""
+        self._torn = True
 
     def leave(self, error: BaseException) -> None:
         """This rank cannot go on because of ``error``; the other ranks end with its text instead of waiting for ever.
@@ -236,8 +241,8 @@ class Engine:
             with_grads: give parameters their whole gradients in ``.grad`` too, after a backward; changes are not kept.
         """
         self._require_live("summon parameters")
-        if self._step.uses.running:
-            raise StateError("parameters cannot be summoned inside a forward or a step; do it before or after")
+        if self._step.running:
+            raise StateError("parameters cannot be summoned inside a forward or a backward; do it before or after")
         if writeback and rank0_only:
             raise ConfigurationError("summon with writeback=True needs the values on all ranks, not on rank 0 only")
         self._guard.check()
@@ -283,7 +288,7 @@ class Engine:
         """
         if self._phase is Phase.RELEASED:
             return True
-        torn = any(optimizer.stepping for optimizer in self.optimizers)
+        torn = self._torn or any(optimizer.stepping for optimizer in self.optimizers)
         self.abort()
         for optimizer in self.optimizers:
             optimizer.remove()

@@ -34,7 +34,7 @@ class Events(Protocol):
     """
 
     def pre_forward(self, unit: Unit) -> None: ...
-    def post_forward(self, unit: Unit) -> Any: ...
+    def post_forward(self, unit: Unit, output: Any) -> Any: ...
     def pre_backward(self, unit: Unit, use: Any) -> None: ...
     def post_backward(self, use: Any) -> None: ...
     def gradient(self, param: int, grad: Tensor) -> None: ...
@@ -88,6 +88,11 @@ class Hooks:
         if not self._explicit:
             self._over(declared=True)
 
+    @property
+    def running(self) -> bool:
+        """Whether a backward is under way."""
+        return bool(self._explicit or self._tasks)
+
     def remove(self) -> None:
         """Takes all hooks off."""
         for handle in self._handles:
@@ -121,7 +126,7 @@ class Hooks:
         if not self._forwards or self._forwards[-1].unit is not unit:
             return  # torch calls this hook too when the one before the forward, or a user's, has raised
         call = self._forwards.pop()
-        call.use = self._events.post_forward(unit)
+        call.use = self._events.post_forward(unit, output)
         if call.use and torch.is_grad_enabled():
             for tensor in tensors_in(output):
                 if tensor.grad_fn is not None:

@@ -23,20 +23,25 @@ class StandIn(Tensor):
 
     of: str
     received: Tensor | None
+    zeroed: bool
 
     @staticmethod
     def make(param: nn.Parameter, name: str) -> StandIn:
         made: StandIn = Tensor._make_wrapper_subclass(StandIn, param.shape, dtype=param.dtype, device=param.device)
-        made.of, made.received = name, None
+        made.of, made.received, made.zeroed = name, None, False
         return made
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _HARMLESS and func != _GET_DATA:
+        name = getattr(func, "__name__", "")
+        if name in _HARMLESS and func != _GET_DATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if name in ("zero_", "detach_", "requires_grad_"):  # zero_grad(set_to_none=False)
+            args[0].zeroed |= name == "zero_"
+            return args[0]
         raise _refusal(args)
 
     @classmethod
@@ -49,6 +54,7 @@ class StandIn(Tensor):
             args[0].received = args[1]
             return args[0]
         if func is torch.ops.aten.add.Tensor:  # with create_graph=True
+            args[0].received = args[1]
             return args[1]
         raise _refusal(args)
 
@@ -68,7 +74,7 @@ class StandIns:
     """Puts stand-ins into ``p.grad`` after a backward and takes them away before an update.
 
     What the user does to ``p.grad`` in between counts: a gradient that is dropped (``p.grad = None``,
-    ``model.zero_grad()``) is dropped, another one in its place is refused.
+    ``model.zero_grad()``) is dropped or zeroed, one that is put there is refused.
     """
 
     def __init__(self, gradients: Sequence[ChunkGradient]) -> None:
@@ -92,16 +98,15 @@ class StandIns:
 
     def received(self, param: nn.Parameter, grad: Tensor) -> Tensor:
         """The gradient that autograd has just left in ``p.grad``; a stand-in may have been there."""
-        if not self._placed:
+        if not self._placed or (place := self._placed.pop(param, None)) is None:
             return grad
-        place = self._placed.pop(param, None)
-        if type(grad) is StandIn:
-            received, grad.received = grad.received, None
-            assert received is not None
-            return received
-        if place is not None:
-            place[0].drop(place[1])  # the one before, which the user has taken away
-        return grad
+        stand_in = self._made[param]
+        received, stand_in.received = stand_in.received, None
+        if received is None:
+            place[0].drop(place[1])  # the gradient before, which the user has taken away
+            return grad
+        self._zero(stand_in, *place)
+        return received
 
     def take(self) -> None:
         """Takes them away.
@@ -110,18 +115,28 @@ class StandIns:
             StateError: the user has put a gradient of their own in the place of one.
         """
         placed, self._placed = self._placed, {}
-        own = []
         for param, (gradient, slot) in placed.items():
             if param.grad is None:
                 gradient.drop(slot)
-            elif type(param.grad) is not StandIn:
-                own.append(gradient.chunk.names[slot])
-            param.grad = None
+            elif type(param.grad) is StandIn:
+                self._zero(param.grad, gradient, slot)
+                param.grad = None
+        own = []
+        for gradient in self._gradients:
+            for slot, param in enumerate(gradient.chunk.params):
+                if param.grad is not None:
+                    own.append(gradient.chunk.names[slot])
+                    param.grad = None
         if own:
             raise StateError(
                 f"{', '.join(own[:3])}{' and others' if len(own) > 3 else ''}: .grad was set by hand, but the "
                 "optimizer takes gradients from the chunks. Change the loss instead, or scale it."
             )
+
+    def _zero(self, stand_in: StandIn, gradient: ChunkGradient, slot: int) -> None:
+        if stand_in.zeroed:
+            stand_in.zeroed = False
+            gradient.zero(slot)
 
     def forget(self, params: Iterable[nn.Parameter] | None = None) -> None:
         """Takes them, or those of ``params``, away whatever has become of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from lightning_gemini.core.access import SavedTensors
 from lightning_gemini.core.errors import HiddenReadError, StateError
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.hidden import HiddenReads
-from lightning_gemini.core.hooks import Hooks
+from lightning_gemini.core.hooks import Hooks, tensors_in
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.stand_in import StandIns
 from lightning_gemini.core.store import Store
@@ -91,7 +91,7 @@ class Step:
         """See :meth:`Engine.backward`."""
         try:
             self.stand_ins.take()
-            with self._hooks.backward():
+            with self._hooks.backward(), self.hidden.watch("backward") if self._moving else nullcontext():
                 yield
         except BaseException:
             self._abort()
@@ -106,6 +106,11 @@ class Step:
     def remove(self) -> None:
         """Takes all hooks off."""
         self._hooks.remove()
+
+    @property
+    def running(self) -> bool:
+        """Whether a forward or a backward is under way."""
+        return self.uses.running or self._hooks.running
 
     def notice_failure(self) -> None:
         """Finds out about a backward that failed and that nobody reported."""
@@ -133,12 +138,15 @@ class Step:
             self._pauses.append(self.hidden.pause())
             self._pauses[-1].__enter__()
 
-    def post_forward(self, unit: Unit) -> Use:
+    def post_forward(self, unit: Unit, output: Any) -> Use:
         if not self._live():
             return ()
         if unit.compiled:
             self._pauses.pop().__exit__(None, None, None)
         use = self.uses.post_forward(unit)
+        for tensor in tensors_in(output) if use else ():
+            if (chunk := self._saved.chunk_of(tensor)) is not None:
+                self.uses.hand_up(chunk, unit.name)
         if self._outermost is not None and not self.uses.running:
             contexts, self._outermost = self._outermost, None
             contexts.close()

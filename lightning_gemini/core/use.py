@@ -109,8 +109,16 @@ class Uses:
         """Ends :meth:`borrow`, or with ``keep`` leaves the chunk pinned until the forward under way is over."""
         if keep and self._frames:
             self._frames[-1].borrowed.append(chunk)
+        elif keep and torch._C._current_graph_task_id() != -1:
+            self._backward_pins.append(chunk)
         else:
             self._schedule.release(chunk)
+
+    def hand_up(self, chunk: Chunk, name: str) -> None:
+        """A forward that has just ended returns a view of ``chunk``: it stays until the one around it ends, too."""
+        if self._frames and chunk not in self._frames[-1].own and chunk not in self._frames[-1].borrowed:
+            self._schedule.acquire(chunk, f"what {name} returned of it")
+            self._frames[-1].borrowed.append(chunk)
 
     def unpack(self, chunk: Chunk) -> None:
         """Autograd needs a tensor that it saved from ``chunk``."""
