@@ -3,7 +3,6 @@
 import runpy
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +77,6 @@ def test_version_needs_no_torch():
     first, modules = out.splitlines()
     assert first.startswith("lightning-gemini 0.")
     assert not {"torch", "lightning"} & set(modules.split())
-
-
-def test_own_commands_get_the_remaining_arguments(monkeypatch):
-    calls = []
-    monkeypatch.setitem(sys.modules, "some_command", types.SimpleNamespace(run=calls.append))
-    monkeypatch.setitem(cli.COMMANDS, "report", "some_command:run")
-    cli.main(["report", "--help"])
-    assert calls == [["--help"]]
 
 
 def test_runs_as_a_module(monkeypatch, capsys):

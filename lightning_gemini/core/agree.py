@@ -24,7 +24,7 @@ class TagBook:
     """Compares the tags of gathered chunks with the expected ones.
 
     On the CPU at once, so that the first wrong gather ends the step. A device would have to be waited for: there the
-    tags are set aside and compared when :meth:`settle` is called, at the end of a forward and of a backward.
+    tags are set aside and compared when :meth:`settle` is called, before an update and after a step of an evaluation.
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The one file that calls torch.distributed.
 
 Two process groups, because the order of gathers and the order of reductions are agreed separately: gathers follow the
-units, reductions follow the layout, and how the two interleave may differ from rank to rank.
+units, reductions the order of rank 0's first backward, and how the two interleave may differ from rank to rank.
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ class Step:
             param: (index, spec.name) for index, (param, spec) in enumerate(zip(params, specs, strict=True))
         }
         self._params = params
+        self._tags = store.tags
         self._moving = schedule.moving
         self._gradients = gradients
         self._live = live
@@ -77,6 +78,8 @@ class Step:
         try:
             with self._saved.hooks(), self.hidden.watch(name):
                 yield
+            if not torch.is_grad_enabled():
+                self._tags.settle()  # in training the update does
         except BaseException as error:
             self._abort()
             if isinstance(error, HiddenReadError):
