@@ -45,6 +45,12 @@ class FailsInValidation(Module):
         super().validation_step(batch, index)
 
 
+class FailsAtTheEndOfAnEpoch(Module):
+    def on_train_epoch_end(self) -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("the cat walked over the keyboard")
+
+
 def _fit(cls: type[Module], strategy: dict[str, Any], name: str) -> None:
     on_ranks()
     trainer(GeminiStrategy(**strategy)).fit(cls(name), loader(name), loader(name))
@@ -57,6 +63,7 @@ def _fit(cls: type[Module], strategy: dict[str, Any], name: str) -> None:
         (FailsInTraining, "host", 1),
         (FailsAfterBackward, "host", 0),
         (FailsInValidation, "host", 1),
+        (FailsAtTheEndOfAnEpoch, "host", 1),
     ],
 )
 def test_an_exception_on_one_rank_ends_the_others_with_its_text(cls: type[Module], strategy: str, rank: int) -> None:
