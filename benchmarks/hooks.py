@@ -39,7 +39,7 @@ def run(settings: Settings, ranks: int) -> Result:
     tower = settings.tower
     repeats = 3 if ranks == 1 else 1
     timing = Timing(rounds=settings.pairs, repeats=repeats, warm=1)
-    series = run_ranks(_measure, ranks, 1, entries(tower), tower, timing, settings.seed)
+    series = run_ranks(_measure, ranks, 1, entries(tower), tower, timing, settings.seed)[0]
     contenders = summarise(series, tower.units)
     record = {
         "benchmark": "hooks",

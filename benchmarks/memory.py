@@ -27,7 +27,7 @@ def run(settings: Settings, ranks: int) -> list[Result]:
     threads = settings.threads(ranks)
     measured = []
     for entry in entries(ranks, settings.brief):
-        footprint, traffic = run_ranks(_measure, ranks, threads, entry, settings.opt)
+        footprint, traffic = run_ranks(_measure, ranks, threads, entry, settings.opt)[0]
         measured.append((entry.name, footprint, traffic))
     record = {
         "benchmark": "memory",

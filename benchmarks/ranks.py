@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing as mp
 import os
 import tempfile
@@ -26,20 +27,28 @@ class RankError(RuntimeError):
     """What the ranks said when they failed."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, threads: int, *args: Any, timeout: float = 3600) -> Any:
-    """Calls ``function(*args)`` on each rank and returns rank 0's result.
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    threads: int,
+    *args: Any,
+    timeout: float = 3600,
+    preload: str = "benchmarks.preload",
+) -> list[Any]:
+    """Calls ``function(*args)`` on each rank and returns the results by rank.
 
     Args:
-        function: importable; ``args`` and the result must pickle.
+        function: importable; ``args`` and the results must pickle.
         world_size: ranks; one is a group too, for DDP and FSDP2.
         threads: threads that torch computes with, in each.
         timeout: seconds until all of them are killed.
+        preload: the module that the server imports before it forks; one for all calls of a process.
 
     Raises:
         RankError: a rank raised, died or was not done in time; carries the tracebacks.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.preload"])
+    context.set_forkserver_preload([preload])
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         before = {key: os.environ.get(key) for key in ENVIRONMENT}
@@ -53,7 +62,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, threads: int, *args
                 theirs.close()
                 ends.append(ours)
                 processes.append(process)
-            return _collect(ends, time.monotonic() + timeout)[0]
+            return _collect(ends, time.monotonic() + timeout)
         finally:
             for key in ENVIRONMENT:
                 if before[key] is None:
@@ -79,13 +88,13 @@ def _collect(ends: list[Connection], deadline: float) -> list[Any]:
         for end in ready:
             rank = waiting.pop(end)  # type: ignore[arg-type]
             try:
-                done, value = end.recv()  # type: ignore[union-attr]
+                done, value = torch.load(io.BytesIO(end.recv_bytes()), weights_only=False)  # type: ignore[union-attr]
             except EOFError:
                 done, value = False, "died without a word"
             if done:
                 results[rank] = value
             else:
-                failures.append(f"rank {rank}: {value}")
+                failures.append(f"--- rank {rank} ---\n{value}")
     if failures:
         raise RankError("\n".join(failures))
     return [results[rank] for rank in range(len(ends))]
@@ -109,7 +118,9 @@ def _rank_main(
         dist.barrier()
     except BaseException:
         outcome = (False, traceback.format_exc())
-    out.send(outcome)
+    file = io.BytesIO()
+    torch.save(outcome, file)  # not pickle: it would hand tensors over through memory that ends with this process
+    out.send_bytes(file.getvalue())
     out.close()
     # gloo's threads and whatever the contenders left behind need no orderly end
     os._exit(0)

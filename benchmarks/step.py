@@ -40,7 +40,7 @@ def run(settings: Settings, ranks: int) -> Result:
     """Times whole steps, optimizer included."""
     threads = settings.threads(ranks)
     timing = Timing(rounds=settings.pairs)
-    series = run_ranks(_measure, ranks, threads, entries(ranks), settings.opt, timing, settings.seed)
+    series = run_ranks(_measure, ranks, threads, entries(ranks), settings.opt, timing, settings.seed)[0]
     contenders = summarise(series)
     record = {
         "benchmark": "step",

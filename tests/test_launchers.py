@@ -34,7 +34,7 @@ def run(*command: str, **environment: str) -> str:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=120)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # a rank that waits for one that died, too
@@ -82,7 +82,7 @@ def test_slurm() -> None:
             )
         )
     try:
-        outputs = [process.communicate(timeout=300) for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()

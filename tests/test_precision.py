@@ -132,3 +132,32 @@ def test_frozen_and_evaluated_weights_keep_their_bits() -> None:
         engine.release()
         for name, param in model.named_parameters():
             assert torch.equal(param, before[name]), name
+
+
+@pytest.mark.parametrize("home", list(Home))
+@pytest.mark.parametrize("built", [torch.float32, torch.bfloat16])
+def test_what_is_unfrozen_later_gets_its_master_then(built: torch.dtype, home: Home) -> None:
+    """Equal to a model whose parameters were trainable when their masters were made."""
+    results = []
+    for frozen_at_layout in (True, False):
+        model = cases.build("FrozenBackbone").to(built)
+        model.backbone.requires_grad_(not frozen_at_layout)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        policy = DtypePolicy(torch.bfloat16, master=True, reduce=torch.float32)
+        engine = shard(model, [optimizer], home=home, chunk_size=2048, policy=policy)
+        model.backbone.requires_grad_(False)
+        before = len(engine.store.masters)
+        for step in range(6):
+            if step == 3:
+                model.backbone.requires_grad_(True)
+            batch = cases.batches("FrozenBackbone", 6, 1)[step][0].bfloat16()
+            cases.CASES["FrozenBackbone"].loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(engine.store.masters) == len(engine.layout.chunks)
+        assert before < len(engine.layout.chunks) or not (frozen_at_layout and built == torch.bfloat16)
+        with engine.summon():
+            results.append([p.detach().clone() for p in model.parameters()])
+        engine.release()
+        assert engine.store.device.used == engine.store.host.used == 0
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import lightning_gemini  # noqa: F401, registers the strategies
 from lightning_gemini import GeminiStrategy
-from lightning_gemini.core import Home
+from lightning_gemini.core import Home, NonFiniteError
 from tests import cases
 from tests.lightning_cases import Module, loader, on_ranks, trainer
 from tests.ranks import run_ranks
@@ -255,6 +256,61 @@ def test_norms_are_there_when_lightning_says_that_backward_is_over(strategy: dic
     trainer(GeminiStrategy(**strategy), accumulate_grad_batches=2).fit(ours, loader("Unused"))
     trainer("auto", accumulate_grad_batches=2).fit(theirs, loader("Unused"))
     assert ours.norms == pytest.approx(theirs.norms, rel=1e-5)
+
+
+class ReadsLate(Module):
+    """From the third batch on, a weight from a list, in a way that autograd does not save."""
+
+    def __init__(self) -> None:
+        super().__init__("Mlp")
+        self.kept = [self.model.layers[0][0].weight]
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        loss = super().loss(batch)
+        return loss + self.kept[0].sum() if len(self.losses) >= 2 else loss
+
+
+def test_a_hidden_read_in_a_later_step_fails_the_run_or_is_served() -> None:
+    module = ReadsLate()
+    with pytest.raises(NonFiniteError, match="check=True"):
+        trainer(GeminiStrategy("host", chunk_size=1088)).fit(module, loader())
+    assert all(p.isfinite().all() for p in module.parameters())
+    ours, theirs, found = ReadsLate(), ReadsLate(), []
+    run = trainer(GeminiStrategy("host", chunk_size=1088, check=True))
+    ours.on_train_end = lambda: found.extend(run.strategy.engine.hidden_reads)
+    run.fit(ours, loader())
+    trainer("auto").fit(theirs, loader())
+    assert ours.losses == theirs.losses
+    assert found == ["model.layers.0.0.weight"]
+
+
+class DropsByHand(Module):
+    """Manual optimization: a backward whose gradients are dropped through Lightning's wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__("Mlp")
+        self.automatic_optimization = False
+        self.norms: list[float] = []
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(1e3 * self.loss(batch))
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        ours = isinstance(self.trainer.strategy, GeminiStrategy)
+        with self.trainer.strategy.summon_full_params(with_grads=True) if ours else nullcontext():
+            self.norms.append(sum(p.grad.square().sum().item() for p in self.parameters()))
+        optimizer.step()
+        self.losses.append(loss.item())
+
+
+def test_gradients_dropped_through_lightnings_wrapper_and_whole_ones() -> None:
+    ours, theirs = DropsByHand(), DropsByHand()
+    trainer(GeminiStrategy("device")).fit(ours, loader())
+    trainer("auto").fit(theirs, loader())
+    assert ours.losses == theirs.losses
+    assert ours.norms == pytest.approx(theirs.norms)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.chunk import Chunk
 from lightning_gemini.core.errors import ConfigurationError
-from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.store import Store, flatten_like
 from lightning_gemini.optim.masters import round_to_compute
 
@@ -30,8 +29,8 @@ class ShardAverage:
         self._backups: dict[int, Tensor] = {}
         for chunk in store.chunks:
             if chunk.spec.kind.updated and chunk.spec.kind.dtype.is_floating_point:
-                truth = self._truth(chunk)
-                self._tier(chunk).take(truth.numel() * 4, f"the average of chunk {chunk.index}")
+                truth = self._store.truth(chunk)
+                self._store.tier_of(chunk).take(truth.numel() * 4, f"the average of chunk {chunk.index}")
                 with torch.inference_mode(False):
                     self._averages[chunk.index] = truth.detach().to(torch.float32, copy=True)
 
@@ -39,7 +38,7 @@ class ShardAverage:
     def update(self, weight: float) -> None:
         """Moves the average towards the weights: ``average += weight * (weights - average)``."""
         for index, average in self._averages.items():
-            truth = self._truth(self._store.chunks[index])
+            truth = self._store.truth(self._store.chunks[index])
             average.lerp_(truth if truth.dtype == average.dtype else truth.to(average.dtype), weight)
 
     @torch.no_grad()
@@ -47,8 +46,10 @@ class ShardAverage:
         """Puts the average in the weights' place until :meth:`restore`; all ranks have to call."""
         for index, average in self._averages.items():
             chunk = self._store.chunks[index]
-            truth = self._truth(chunk)
-            self._tier(chunk).take(truth.nbytes, f"the weights of chunk {index} while their average is in their place")
+            truth = self._store.truth(chunk)
+            self._store.tier_of(chunk).take(
+                truth.nbytes, f"the weights of chunk {index} while their average is in their place"
+            )
             self._backups[index] = truth.clone()
             self._write(chunk, average)
 
@@ -58,7 +59,7 @@ class ShardAverage:
         for index, backup in self._backups.items():
             chunk = self._store.chunks[index]
             self._write(chunk, backup)
-            self._tier(chunk).give(backup.nbytes)
+            self._store.tier_of(chunk).give(backup.nbytes)
         self._backups.clear()
 
     @torch.no_grad()
@@ -71,7 +72,7 @@ class ShardAverage:
     def keep(self) -> None:
         """Leaves the average in the weights' place for good, after :meth:`apply`."""
         for index, backup in self._backups.items():
-            self._tier(self._store.chunks[index]).give(backup.nbytes)
+            self._store.tier_of(self._store.chunks[index]).give(backup.nbytes)
         self._backups.clear()
 
     def gather(self) -> dict[str, Tensor]:
@@ -100,31 +101,22 @@ class ShardAverage:
         for index, average in self._averages.items():
             chunk = self._store.chunks[index]
             for slot, name in enumerate(chunk.names):
-                place = chunk.spec.slots[slot]
-                mine = self._store.owned(index, place.offset, place.end)
-                first = self._store.collectives.rank * chunk.shard.numel() + mine.start - place.offset
                 flat = flatten_like(whole[name], chunk.strides[slot], average.dtype)
-                average[mine.start : mine.stop].copy_(flat[first : first + len(mine)])
+                self._store.copy_own(index, chunk.spec.slots[slot], flat, average)
 
     def release(self) -> None:
         """Gives the memory back."""
         self.keep()
         for index, average in self._averages.items():
-            self._tier(self._store.chunks[index]).give(average.nbytes)
+            self._store.tier_of(self._store.chunks[index]).give(average.nbytes)
         self._averages.clear()
-
-    def _truth(self, chunk: Chunk) -> Tensor:
-        return self._store.masters.get(chunk.index, chunk.shard)
 
     def _write(self, chunk: Chunk, values: Tensor) -> None:
         self._put(chunk, values)
         self._renew(chunk)
 
     def _put(self, chunk: Chunk, values: Tensor) -> None:
-        truth = self._truth(chunk)
+        truth = self._store.truth(chunk)
         truth.copy_(values)
         if truth is not chunk.shard:
             round_to_compute(truth, chunk.shard)
-
-    def _tier(self, chunk: Chunk) -> Tier:
-        return self._store.host if chunk.home is Home.HOST else self._store.device

@@ -138,8 +138,8 @@ class Engine:
     def backward(self) -> Iterator[None]:
         """Around one backward, or several that are to be reduced as one.
 
-        Without it the end of a backward is found from autograd, which needs every rank to have a gradient in it. With
-        it ``p.grad`` then says where the gradient is (see :class:`StandIn`).
+        Without it the end of a backward is found from autograd, which needs every rank to have a gradient in it, and
+        reads that no hook sees are not watched for. Afterwards ``p.grad`` says where the gradient is, either way.
         """
         self._require_live("run a backward")
         with self._step.backward():

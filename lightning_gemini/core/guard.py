@@ -73,7 +73,8 @@ class Guard:
             raise StateError(
                 f"{', '.join(changed[:3])}{' and others' if len(changed) > 3 else ''}: the parameter was changed from "
                 "outside while its values live in a chunk, where the change is lost on some placements and some ranks. "
-                "Change weights inside `with trainer.strategy.summon_full_params(writeback=True):`, on all ranks."
+                "Change weights inside `with trainer.strategy.summon_full_params(writeback=True):` (engine.summon "
+                "without a Trainer), on all ranks."
             )
 
     def before_copy(self) -> None:

@@ -114,11 +114,9 @@ def load_states(chunks: OptimizerOnChunks, store: Store, states: Mapping[int, St
 
 def _cut(update: ChunkUpdate, store: Store, slot: int, value: Tensor) -> Tensor:
     """The part of a whole parameter's state that belongs to this rank's span."""
-    span, place = update.spans[slot], update.chunk.spec.slots[slot]
-    first = store.collectives.rank * update.target.numel() + span.start - place.offset
     dtype = update.target.dtype if value.is_floating_point() else value.dtype
     flat = flatten_like(value, update.chunk.strides[slot], dtype)
-    return flat[first : first + len(span)].to(update.target.device)
+    return store.own_part(update.chunk.index, update.chunk.spec.slots[slot], flat).to(update.target.device)
 
 
 def _gather_chunk(update: ChunkUpdate, store: Store) -> dict[int, State]:

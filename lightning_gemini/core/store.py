@@ -12,7 +12,7 @@ from lightning_gemini.core.agree import TagBook, chunk_tag
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.collectives import Collectives, Pending
 from lightning_gemini.core.dtypes import DtypePolicy
-from lightning_gemini.core.layout import Layout
+from lightning_gemini.core.layout import Layout, Slot
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.optim.masters import round_to_compute
 
@@ -86,7 +86,7 @@ class Store:
             self.chunks.append(chunk)
             if spec.index in masters:
                 # where no step needs it now, out of the way
-                tier = self._tier_of(chunk) if spec.kind.trainable and spec.kind.updated else host
+                tier = self.tier_of(chunk) if spec.kind.trainable and spec.kind.updated else host
                 self.masters[spec.index] = self._new_master(chunk, tier)
 
     def unshard(self, chunk: Chunk, reason: str) -> None:
@@ -144,26 +144,43 @@ class Store:
         """
         index, slot = self.layout.place(param)
         chunk, stride = self.chunks[index], self.layout.params[param].stride
-        mine = self.owned(index, slot.offset, slot.end)
-        first = self.collectives.rank * chunk.shard.numel() + mine.start - slot.offset
         master = self.masters.get(index)
         if master is None:
             flat = flatten_like(value.detach(), stride, chunk.full.dtype)
         else:
             wide = flatten_like(value.detach(), stride, master.dtype)
-            master[mine.start : mine.stop].copy_(wide[first : first + len(mine)])
+            self.copy_own(index, slot, wide, master)
             flat = round_to_compute(wide, torch.empty(wide.shape, dtype=chunk.full.dtype, device=wide.device))
         if chunk.home is Home.FULL:
             chunk.full[slot.offset : slot.end].copy_(flat)
         else:
-            chunk.shard[mine.start : mine.stop].copy_(flat[first : first + len(mine)])
+            self.copy_own(index, slot, flat, chunk.shard)
+
+    def own_part(self, index: int, slot: Slot, flat: Tensor) -> Tensor:
+        """What this rank owns of a whole parameter; ``flat`` holds all of it, in the order of its memory."""
+        mine = self.owned(index, slot.offset, slot.end)
+        first = self.collectives.rank * self.layout.shard_numel(index) + mine.start - slot.offset
+        return flat[first : first + len(mine)]
+
+    def copy_own(self, index: int, slot: Slot, flat: Tensor, shard: Tensor) -> None:
+        """Copies :meth:`own_part` to its place in ``shard``, which is sharded like chunk number ``index``."""
+        mine = self.owned(index, slot.offset, slot.end)
+        shard[mine.start : mine.stop].copy_(self.own_part(index, slot, flat))
+
+    def truth(self, chunk: Chunk) -> Tensor:
+        """This rank's part of the weights as they count: the master where there is one, else the shard."""
+        return self.masters.get(chunk.index, chunk.shard)
+
+    def tier_of(self, chunk: Chunk) -> Tier:
+        """Where the chunk's shard and what goes with it live."""
+        return self.host if chunk.home is Home.HOST else self.device
 
     def read(self, index: int) -> Tensor:
         """The whole of chunk number ``index`` as the optimizer sees it: the master where there is one, else the chunk.
 
         Flat, a copy, on the device; all ranks take part.
         """
-        return self.assemble(index, self.masters.get(index, self.chunks[index].shard))
+        return self.assemble(index, self.truth(self.chunks[index]))
 
     def assemble(self, index: int, shard: Tensor) -> Tensor:
         """Gathers something that is sharded like chunk number ``index``, such as an optimizer state.
@@ -186,22 +203,19 @@ class Store:
 
         A chunk that was frozen gets its master now, or has it brought near.
         """
-        tier = self._tier_of(chunk)
+        tier = self.tier_of(chunk)
         if self._policy.needs_master(chunk.spec.kind.dtype) and self._master_tiers.get(chunk.index) is not tier:
-            before, far = self.masters.get(chunk.index, chunk.shard), self._master_tiers.get(chunk.index)
+            before, far = self.truth(chunk), self._master_tiers.get(chunk.index)
             self.masters[chunk.index] = self._new_master(chunk, tier).copy_(before)
             if far is not None:
                 far.give(before.nbytes)
-        return self.masters.get(chunk.index, chunk.shard)
+        return self.truth(chunk)
 
     def _new_master(self, chunk: Chunk, tier: Tier) -> Tensor:
         tier.take(chunk.shard.numel() * 4, f"the master weights of chunk {chunk.index}")
         self._master_tiers[chunk.index] = tier
         with torch.inference_mode(False):
             return torch.zeros(chunk.shard.numel(), device=tier.device)
-
-    def _tier_of(self, chunk: Chunk) -> Tier:
-        return self.host if chunk.home is Home.HOST else self.device
 
     def owned(self, chunk: int, start: int, stop: int) -> range:
         """The part of ``start:stop`` of a chunk that this rank owns, counted from its shard's beginning."""
@@ -215,7 +229,7 @@ class Store:
         for chunk in self.chunks:
             if chunk.resident and chunk.home is not Home.FULL:
                 self.device.give(chunk.spec.nbytes)
-            self._tier_of(chunk).give(chunk.spec.nbytes if chunk.home is Home.FULL else chunk.shard.nbytes)
+            self.tier_of(chunk).give(chunk.spec.nbytes if chunk.home is Home.FULL else chunk.shard.nbytes)
         for index, master in self.masters.items():
             self._master_tiers[index].give(master.nbytes)
         self.chunks.clear()

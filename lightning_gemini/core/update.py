@@ -41,7 +41,7 @@ class ChunkUpdate:
         self.gradient = gradient
         self.spans = gradient.spans
         self._store = store
-        self._tier = store.host if chunk.home is Home.HOST else store.device
+        self._tier = store.tier_of(chunk)
         self._state_bytes = 0
 
     @cached_property
