@@ -44,8 +44,11 @@ ROOMS = [
     ["core.collectives"],
     ["core.units", "core.layout", "core.memory", "core.dtypes", "core.peers", "core.inert"],
     ["core.errors"],
-    ["optim.masters"],
     ["optim"],
+    ["optim.kernel", "optim.recognise"],
+    ["optim.native", "optim.tensor_kernel"],
+    ["optim.adam", "optim.sgd", "optim.adagrad", "optim.lion", "optim.operands", "optim.loss_scale"],
+    ["optim.rule", "optim.masters", "optim.rounding"],
 ]
 ROW = {name: row for row, names in enumerate(ROOMS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,1 +1,5 @@
-"""Update rules and master weights as pure tensor functions: the lowest room."""
+"""Update rules, the kernels that run them, and master weights: the lowest room."""
+
+from lightning_gemini.optim.lion import Lion
+
+__all__ = ["Lion"]
