@@ -113,5 +113,5 @@ def _shard_in_chunks(model: nn.Module, optimizer: Optimizer, entry: Entry) -> En
         reduce_group=dist.new_group() if several else None,
         home=entry.home,
         chunk_size=entry.chunk_size,
-        policy=DtypePolicy(torch.bfloat16, master=True, reduce=torch.float32) if entry.bf16 else DtypePolicy(),
+        policy=DtypePolicy(torch.bfloat16, master="split", reduce=torch.float32) if entry.bf16 else DtypePolicy(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -15,39 +16,98 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gemini.core import ConfigurationError, DtypePolicy, Engine
+from lightning_gemini.core import ConfigurationError, DtypePolicy, Engine, UpdatePolicy
+from lightning_gemini.optim.loss_scale import LossScale
 
-PrecisionMode = Literal["32-true", "bf16-mixed", "bf16-true"]
+PrecisionMode = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 
 _POLICIES = {
     "32-true": DtypePolicy(),
-    "bf16-mixed": DtypePolicy(torch.bfloat16, master=True, reduce=torch.float32),
+    "bf16-mixed": DtypePolicy(torch.bfloat16, master="split", reduce=torch.float32),
+    "16-mixed": DtypePolicy(torch.float16, master="fp32", reduce=torch.float32),
     "bf16-true": DtypePolicy(torch.bfloat16),
 }
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 class GeminiPrecision(Precision):
     """The precision plugin of :class:`~lightning_gemini.GeminiStrategy`.
 
-    There is no autocast: parameters are held in the dtype they are computed in, floating-point inputs are cast to it
-    once, and ``bf16-mixed`` keeps an fp32 master of each parameter, which is what the optimizer updates.
+    Parameters are held in the dtype they are computed in, floating-point inputs are cast to it once, and the mixed
+    modes keep an fp32 master of each parameter, which is what the optimizer updates.
 
     Args:
-        precision: ``"32-true"``, ``"bf16-mixed"`` or ``"bf16-true"``.
+        precision: "32-true"; "bf16-mixed" or "16-mixed" (with a dynamic loss scale) for fp32 master weights behind
+            parameters of that dtype; "bf16-true" for bf16 without masters.
+        master_weights: How masters are kept: "fp32" takes 4 bytes a parameter; "split" 2, because the bf16 parameter
+            is the upper half. Both train to the same bits. By default "split" in bf16-mixed, "fp32" in 16-mixed.
+        reduce_dtype: In which dtype gradients are averaged over the ranks: "fp32", "bf16" or "fp16"; by default fp32
+            in the mixed modes, the parameters' own otherwise.
+        state_dtype: "fp32", or "bf16" for optimizer states of half the size, rounded stochastically.
+        nonfinite: What a step does whose gradients are NaN or infinite, on all ranks: "raise" names the first
+            parameter and ends the run, "skip" warns and goes on. In 16-mixed such steps are always skipped.
+        autocast: Run the forward under torch.autocast as well, as Lightning's DDP and FSDP do: norms, softmax and
+            losses are then computed in fp32, at the price of casting what goes into them.
+        initial_scale: The first loss scale of 16-mixed.
+        growth_factor: What the loss scale is multiplied with after growth_interval steps without an overflow.
+        backoff_factor: What the loss scale is multiplied with after an overflow.
+        growth_interval: Steps without an overflow before the loss scale grows.
+        minimum_scale: The loss scale goes no lower; an overflow there raises.
 
     Raises:
-        ConfigurationError: it is none of them.
+        ConfigurationError: A setting that does not exist, makes no sense, or does not go with the mode.
     """
 
-    def __init__(self, precision: PrecisionMode = "32-true") -> None:
+    def __init__(
+        self,
+        precision: PrecisionMode = "32-true",
+        master_weights: Literal["split", "fp32"] | None = None,
+        reduce_dtype: Dtype | None = None,
+        state_dtype: Literal["fp32", "bf16"] = "fp32",
+        nonfinite: Literal["raise", "skip"] = "raise",
+        autocast: bool = False,
+        initial_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        minimum_scale: float = 1.0,
+    ) -> None:
         if precision not in _POLICIES:
             raise ConfigurationError(
                 f"the gemini strategy supports precision={' or '.join(map(repr, get_args(PrecisionMode)))}, "
                 f"got {precision!r}."
             )
         self.precision = precision
-        self.policy = _POLICIES[precision]
+        policy = _POLICIES[precision]
+        if master_weights is not None and policy.master is None:
+            raise ConfigurationError(f"master_weights={master_weights!r} is for the mixed modes; {precision} has none.")
+        if autocast and policy.compute is None:
+            raise ConfigurationError(f"autocast=True has nothing to do in {precision}.")
+        try:
+            scale = LossScale(initial_scale, growth_factor, backoff_factor, growth_interval, minimum_scale)
+        except ValueError as error:
+            raise ConfigurationError(f"GeminiPrecision: {error}") from error
+        self.policy = replace(
+            policy,
+            master=master_weights or policy.master,
+            reduce=_dtype("reduce_dtype", reduce_dtype) if reduce_dtype is not None else policy.reduce,
+            state=_dtype("state_dtype", state_dtype),
+        )
+        self.loss_scale = scale if precision == "16-mixed" else None
+        self.nonfinite = nonfinite
+        self.update_policy("at_step")  # raises if there is something wrong with it
+        self._autocast = autocast
         self.engine: Engine | None = None
+
+    def update_policy(self, when: Literal["at_step", "in_backward"]) -> UpdatePolicy:
+        """What the engine is told of updates that are made ``when``.
+
+        Raises:
+            ConfigurationError: it does not go with the mode.
+        """
+        return UpdatePolicy(when, self.nonfinite, self.loss_scale)
 
     @classmethod
     def from_plugin(cls, plugin: Precision) -> GeminiPrecision:
@@ -90,8 +150,20 @@ class GeminiPrecision(Precision):
     @contextmanager
     @override
     def forward_context(self) -> Iterator[None]:
-        with self.tensor_init_context():
+        with self.tensor_init_context(), self._cast():
             yield
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        if not self._autocast or self.engine is None:
+            return nullcontext()
+        # without its cache, which would keep copies of weights that are freed
+        device = self.engine.store.device.device.type
+        return torch.autocast(device, self.policy.compute, cache_enabled=False)
+
+    @override
+    def pre_backward(self, tensor: Tensor, module: L.LightningModule) -> Tensor:
+        scaled: Tensor = super().pre_backward(self._live_engine().scale(tensor), module)
+        return scaled
 
     @override
     def backward(self, tensor: Tensor, model: L.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:
@@ -109,10 +181,25 @@ class GeminiPrecision(Precision):
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         self._live_engine().clip_grad_value(_unwrap(optimizer), clip_val)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.loss_scale is None else self.loss_scale.state_dict()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.loss_scale is not None and state_dict:
+            self.loss_scale.load_state_dict(state_dict)
+
     def _live_engine(self) -> Engine:
         if self.engine is None:
             raise RuntimeError("there are gradients during fit only: there is no engine yet, or no longer")
         return self.engine
+
+
+def _dtype(name: str, value: str) -> torch.dtype:
+    if value not in _DTYPES:
+        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, _DTYPES))}, got {value!r}.")
+    return _DTYPES[value]
 
 
 @contextmanager

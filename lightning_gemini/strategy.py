@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_gemini.core import ConfigurationError, Engine, shard
+from lightning_gemini.core import ConfigurationError, Engine, UpdatePolicy, shard
 from lightning_gemini.core.construct import leave_meta, load_on_meta, return_to_meta, to_host
 from lightning_gemini.core.memory import available_bytes, parse_bytes
 from lightning_gemini.even import even, require_even
 from lightning_gemini.handover import hand_back
 from lightning_gemini.precision import GeminiPrecision
 from lightning_gemini.ranks import RankStrategy, StartMethod
-from lightning_gemini.supported import require_supported
+from lightning_gemini.supported import require_no_waiting_gradients, require_supported
 
 Placement = Literal["auto", "device", "host", "cuda", "cpu"]
 
@@ -54,6 +54,9 @@ class GeminiStrategy(RankStrategy):
         chunk_size: Elements in a chunk; "auto" searches for the size that wastes the least.
         unit_modules: Classes of modules (by name) whose parameters become usable together; by default each module that
             owns parameters is on its own. Name a module that contains rank-dependent control flow.
+        update: When weights are updated: "at_step", or "in_backward", each chunk as soon as its gradients are reduced,
+            so that no gradient waits: 2 bytes per parameter less. That rules out clipping, accumulating and skipping
+            steps, which need all gradients before the first update.
         check: Watch every step, not only the first of each kind, for reads of parameters that no hook sees (a loop over
             self.parameters(), a weight in a list), serve them and name them in engine.hidden_reads.
         process_group_backend: Backend of torch.distributed; by default nccl for CUDA and gloo for the CPU.
@@ -79,6 +82,7 @@ class GeminiStrategy(RankStrategy):
         host_memory: int | float | str = "auto",
         chunk_size: int | Literal["auto"] = "auto",
         unit_modules: list[str] | None = None,
+        update: Literal["at_step", "in_backward"] = "at_step",
         check: bool = False,
         process_group_backend: str | None = None,
         timeout_seconds: float = 1800.0,
@@ -108,6 +112,8 @@ class GeminiStrategy(RankStrategy):
         self._host_memory = None if host_memory == "auto" else parse_bytes(host_memory, "host_memory")
         self._chunk_size = chunk_size
         self._unit_modules = unit_modules or ()
+        UpdatePolicy(update)  # raises if there is no such time
+        self._update = update
         self._check = check
         self._engine: Engine | None = None
         self._unbuilt: set[nn.Parameter] = set()
@@ -175,6 +181,8 @@ class GeminiStrategy(RankStrategy):
         self.accelerator.setup(trainer)
         self._refuse_ignored_precision(trainer)
         require_supported(trainer.callbacks)
+        if self._update == "in_backward":
+            require_no_waiting_gradients(trainer)
         self._failed = False
         self.model = self.lightning_module
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -214,6 +222,7 @@ class GeminiStrategy(RankStrategy):
             chunk_size=self._chunk_size,
             unit_modules=self._unit_modules,
             policy=self.precision_plugin.policy,
+            update=self.precision_plugin.update_policy(self._update),
             unbuilt=unbuilt,
             check=self._check,
         )

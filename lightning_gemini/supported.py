@@ -1,9 +1,10 @@
-"""Callbacks of Lightning that cannot work on chunks: refused by name, before training."""
+"""What of Lightning cannot work on chunks: refused by name, before training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import lightning as L
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback
 
@@ -38,3 +39,18 @@ def require_supported(given: Iterable[Callback]) -> None:
                 raise ConfigurationError(
                     f"the gemini strategy cannot run the callback {type(callback).__name__}: {reason}."
                 )
+
+
+def require_no_waiting_gradients(trainer: L.Trainer) -> None:
+    """Raises ConfigurationError for settings that need all gradients of a step, or more, before the first update."""
+    scheduled = any(isinstance(callback, callbacks.GradientAccumulationScheduler) for callback in trainer.callbacks)
+    for what, given in (
+        (f"accumulate_grad_batches={trainer.accumulate_grad_batches}", trainer.accumulate_grad_batches != 1),
+        ("the callback GradientAccumulationScheduler", scheduled),
+        (f"gradient_clip_val={trainer.gradient_clip_val}", trainer.gradient_clip_val),
+    ):
+        if given:
+            raise ConfigurationError(
+                f"update='in_backward' cannot work with {what}: it uses and drops each gradient as soon as it is "
+                "there, before the others are known. Use update='at_step'."
+            )

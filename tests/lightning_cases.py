@@ -47,7 +47,7 @@ class Module(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = cases.CASES[self.name].groups
-        optimizer = torch.optim.AdamW(groups(self.model) if groups else self.parameters(), lr=self.lr)
+        optimizer = torch.optim.AdamW(groups(self.model) if groups else self.parameters(), lr=self.lr, foreach=False)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -54,7 +54,7 @@ class _TransformerEngine(Precision):
 
 @pytest.mark.parametrize("plugin", [DoublePrecision(), _TransformerEngine(), HalfPrecision("16-true")])
 def test_precision_plugins(plugin: Precision) -> None:
-    with pytest.raises(ConfigurationError, match=f"'32-true' or 'bf16-mixed' or 'bf16-true', got '{plugin.precision}'"):
+    with pytest.raises(ConfigurationError, match=f"'16-mixed' or 'bf16-true', got '{plugin.precision}'"):
         trainer(plugins=[plugin])
 
 

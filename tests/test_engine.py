@@ -259,8 +259,8 @@ def test_an_exception_leaves_weights_and_the_next_step_is_right(home: Home, wher
 
     plain, _ = build()
     model, trap = build()
-    reference = torch.optim.AdamW(plain.parameters(), lr=0.01)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    reference = torch.optim.AdamW(plain.parameters(), lr=0.01, foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
     engine = shard(model, [optimizer], home=home, chunk_size=1152)
     x = torch.randn(4, 32)
 
@@ -454,7 +454,7 @@ def test_several_optimizers_update_what_is_theirs() -> None:
     def train(sharded: bool) -> nn.Module:
         torch.manual_seed(0)
         model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32)})
-        first = torch.optim.AdamW(model["a"].parameters(), lr=0.1)
+        first = torch.optim.AdamW(model["a"].parameters(), lr=0.1, foreach=False)
         second = torch.optim.SGD(model["b"].parameters(), lr=0.1, momentum=0.9)
         engine = shard(model, [first, second], home=Home.DEVICE, chunk_size=1152) if sharded else None
         x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))

@@ -368,7 +368,7 @@ def optimizer_hooks_overridden(make: Make, _: Path) -> Any:
             self.seen.append(optimizer.param_groups[0]["lr"])
 
         def configure_optimizers(self) -> Any:
-            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+            return torch.optim.AdamW(self.parameters(), lr=self.lr, foreach=False)
 
     module = WarmUp()
     module.seen = []

@@ -67,7 +67,8 @@ def two_optimizers_that_toggle(make: Make, _: Path) -> Any:
             self.losses += [fooled.item(), caught.item()]
 
         def configure_optimizers(self) -> Any:
-            return torch.optim.Adam(self.model.parameters(), 0.01), torch.optim.SGD(self.critic.parameters(), 0.3, 0.9)
+            adam = torch.optim.Adam(self.model.parameters(), 0.01, foreach=False)
+            return adam, torch.optim.SGD(self.critic.parameters(), 0.3, 0.9)
 
     return train(make, Gan())
 
@@ -109,7 +110,7 @@ class Plateau(Module):
 
 class OneCycle(Module):
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters())
+        optimizer = torch.optim.AdamW(self.parameters(), foreach=False)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, int(self.trainer.estimated_stepping_batches))
         return [optimizer], [{"scheduler": cycle, "interval": "step"}]
 

@@ -13,7 +13,7 @@ from lightning_gemini.core import DtypePolicy, Home, shard
 from lightning_gemini.optim.masters import round_to_compute
 from tests import cases
 
-MIXED = DtypePolicy(torch.bfloat16, master=True, reduce=torch.float32)
+MIXED = DtypePolicy(torch.bfloat16, master="split", reduce=torch.float32)
 TRUE = DtypePolicy(torch.bfloat16)
 
 
@@ -37,11 +37,11 @@ def test_rounding_is_to_nearest_with_ties_away(bits: list[int]) -> None:
 @pytest.mark.parametrize("home", list(Home))
 def test_mixed_is_adamw_on_masters(home: Home) -> None:
     model = cases.build("Mlp")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
     engine = shard(model, [optimizer], home=home, chunk_size=2048, policy=MIXED)
     reference = cases.build("Mlp")
     masters = [nn.Parameter(p.detach().clone()) for p in reference.parameters()]
-    expected = torch.optim.AdamW(masters, lr=0.01)
+    expected = torch.optim.AdamW(masters, lr=0.01, foreach=False)
     for index in range(6):
         x = cases.floats(torch.Generator().manual_seed(index)).bfloat16()
         for param, master in zip(reference.parameters(), masters, strict=True):
@@ -143,7 +143,7 @@ def test_what_is_unfrozen_later_gets_its_master_then(built: torch.dtype, home: H
         model = cases.build("FrozenBackbone").to(built)
         model.backbone.requires_grad_(not frozen_at_layout)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        policy = DtypePolicy(torch.bfloat16, master=True, reduce=torch.float32)
+        policy = DtypePolicy(torch.bfloat16, master="split", reduce=torch.float32)
         engine = shard(model, [optimizer], home=home, chunk_size=2048, policy=policy)
         model.backbone.requires_grad_(False)
         before = len(engine.store.masters)

@@ -208,7 +208,7 @@ class TwoOptimizers(Module):
 
     def configure_optimizers(self) -> Any:
         return (
-            torch.optim.AdamW(self.model.parameters(), lr=0.01),
+            torch.optim.AdamW(self.model.parameters(), lr=0.01, foreach=False),
             torch.optim.SGD(self.head.parameters(), lr=0.1, momentum=0.9),
         )
 

@@ -16,6 +16,7 @@ from lightning_gemini.core.errors import (
 )
 from lightning_gemini.core.layout import Layout, ParamSpec, plan_layout
 from lightning_gemini.core.shard import shard
+from lightning_gemini.core.update_policy import UpdatePolicy
 
 __all__ = [
     "Chunk",
@@ -34,6 +35,7 @@ __all__ = [
     "PeerError",
     "StaleGraphError",
     "StateError",
+    "UpdatePolicy",
     "plan_layout",
     "shard",
 ]

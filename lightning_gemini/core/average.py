@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_gemini.core.chunk import Chunk
 from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.store import Store, flatten_like
-from lightning_gemini.optim.masters import round_to_compute
 
 
 class ShardAverage:
@@ -116,7 +115,4 @@ class ShardAverage:
         self._renew(chunk)
 
     def _put(self, chunk: Chunk, values: Tensor) -> None:
-        truth = self._store.truth(chunk)
-        truth.copy_(values)
-        if truth is not chunk.shard:
-            round_to_compute(truth, chunk.shard)
+        self._store.put(chunk, 0, values)

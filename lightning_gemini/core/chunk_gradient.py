@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from lightning_gemini.core.chunk import Chunk
@@ -32,10 +34,17 @@ _TRANSITIONS = {
 class ChunkGradient:
     """The gradient of one chunk.
 
+    What scales it, the loss scale and clipping, is not done to the shard but noted: the update, which reads every
+    element anyway, multiplies by :attr:`factor` and clamps to :attr:`limit`.
+
     Attributes:
         spans: for each slot the part of the shard that holds it, empty where another rank does.
         shard: the reduced mean of this rank's part, summed over the backwards since the last step; ``None`` before the
-            first. In the compute dtype after one backward, in fp32 while accumulating.
+            first. In the compute dtype after one backward, in fp32 while accumulating. Still to be scaled.
+        loss_scale: what the loss was multiplied with.
+        clip: an fp32 scalar on the device, or ``None``.
+        limit: the largest absolute value of a scaled element.
+        square_sum: of the shard as it is, if it is known: a scalar where the shard is.
         used: for each slot, whether a gradient has come since the last step (on any rank, once the ranks have agreed).
     """
 
@@ -43,6 +52,10 @@ class ChunkGradient:
         self.chunk = chunk
         self.spans = spans
         self.shard: Tensor | None = None
+        self.loss_scale = 1.0
+        self.clip: Tensor | None = None
+        self.limit = math.inf
+        self.square_sum: Tensor | None = None
         self.used = [False] * len(chunk.params)
         self.state = GradientState.EMPTY
         self.buffer: Tensor | None = None
@@ -93,8 +106,44 @@ class ChunkGradient:
     def zero(self, slot: int) -> None:
         """Makes the gradient of one parameter zero, reduced or not."""
         self._arrived[slot] = False
+        self.square_sum = None
         if self.shard is not None:
             self.shard[self.spans[slot].start : self.spans[slot].stop].zero_()
+
+    @property
+    def factor(self) -> Tensor | float:
+        """What the shard has to be multiplied with."""
+        return 1 / self.loss_scale if self.clip is None else self.clip / self.loss_scale
+
+    def scaled(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """``start:stop`` of the shard with everything done to it that is to be done; at least fp32 if there is any."""
+        assert self.shard is not None
+        part = self.shard[start:stop]
+        if self.clip is None and self.loss_scale == 1 and self.limit == math.inf:
+            return part
+        factor = self.factor if self.clip is None else self.clip.to(part.device) / self.loss_scale
+        part = part.to(torch.promote_types(part.dtype, torch.float32)) * factor
+        return part if self.limit == math.inf else part.clamp_(-self.limit, self.limit)
+
+    def scale(self) -> None:
+        """Does it to the shard itself."""
+        if self.shard is not None:
+            self.shard.copy_(self.scaled())
+        self.forget_scaling()
+
+    def forget_scaling(self) -> None:
+        """The shard is new, or gone."""
+        self.loss_scale, self.clip, self.limit, self.square_sum = 1.0, None, math.inf, None
+
+    def clip_by(self, factor: Tensor) -> None:
+        """Scales the gradient by ``factor`` (an fp32 scalar on the device)."""
+        if self.limit < math.inf:
+            self.scale()
+        self.clip = factor if self.clip is None else self.clip * factor
+
+    def clamp(self, limit: float) -> None:
+        """Clamps each element of the gradient to ``[-limit, limit]``."""
+        self.limit = min(self.limit, limit)
 
     def complete(self) -> None:
         """FILLING -> READY; parameters without a gradient get zeros."""

@@ -131,6 +131,13 @@ class Collectives:
                 dist.all_reduce(tensor, group=self._gathers)
         return tensor
 
+    def sum_reduced(self, tensor: Tensor) -> Pending:
+        """Starts to all-reduce ``tensor`` in place by summation, in one order with the reduce-scatters."""
+        if self.world_size == 1:
+            return _DONE
+        with self.explains():
+            return self._works([dist.all_reduce(tensor, group=self._reduces, async_op=True)])
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrites ``tensor`` (contiguous) with rank 0's and returns it."""
         if self.world_size > 1:

@@ -10,30 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from lightning_gemini.core import norms, optimizer_state
 from lightning_gemini.core.access import manage, unmanage
 from lightning_gemini.core.average import ShardAverage
+from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.dtypes import DtypePolicy
-from lightning_gemini.core.errors import (
-    ConfigurationError,
-    DisagreementError,
-    GeminiError,
-    StateError,
-)
+from lightning_gemini.core.errors import ConfigurationError, StateError
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.guard import Guard
 from lightning_gemini.core.layout import Layout
+from lightning_gemini.core.norms import Norms
+from lightning_gemini.core.optimizers import Optimizers
 from lightning_gemini.core.report import memory_report
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.step import Step
 from lightning_gemini.core.store import Counters, Store
 from lightning_gemini.core.summon import Summoner
 from lightning_gemini.core.units import Unit
-from lightning_gemini.core.update import ChunkUpdate, OptimizerOnChunks
+from lightning_gemini.core.update_policy import UpdatePolicy
+from lightning_gemini.core.verdict import Verdict
 
 
 class Phase(Enum):
@@ -62,6 +59,7 @@ class Engine:
         optimizers: Sequence[Optimizer],
         units: Sequence[Unit],
         policy: DtypePolicy,
+        update: UpdatePolicy,
         check: bool = False,
     ) -> None:
         self.model = model
@@ -73,6 +71,9 @@ class Engine:
         self._index_of = {param: index for index, param in enumerate(params)}
         self._schedule = Schedule(store)
         self._gradients = Gradients(store, policy)
+        self._update = update
+        self._ballot = Ballot(store, self._gradients)
+        self._norms = Norms(store, self._ballot)
         self._summoner = Summoner(store, params, dtypes)
         self._buffers = Buffers(model, store.collectives)
         self._buffers.sync_all()
@@ -88,27 +89,23 @@ class Engine:
             self.abort,
         )
         self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: self._phase is not Phase.LIVE)
-        updates = {index: ChunkUpdate(store, gradient) for index, gradient in self._gradients.chunks.items()}
-        self._state_hooks: list[RemovableHandle] = []
-        self.optimizers = [
-            OptimizerOnChunks(
-                optimizer,
-                [u for u in updates.values() if u.chunk.spec.kind.optimizer == index],
-                store,
-                self._schedule,
-                self._gradients,
-                self._step.notice_failure,
-                self._before_update,
-                self._guard.updated,
-                self._step.stand_ins.forget,
-            )
-            for index, optimizer in enumerate(optimizers)
-        ]
+        self._verdict = Verdict(store, self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, update)
+        self.optimizers = Optimizers(
+            optimizers,
+            store,
+            self._schedule,
+            self._gradients,
+            policy,
+            self._index_of,
+            self._step.notice_failure,
+            self._may_update,
+            self._guard.updated,
+            self._step.stand_ins.forget,
+        )
+        if update.when == "in_backward":
+            self._gradients.consume = self._consume
         for unit in self.units:
             manage(unit, self._step.read, self._step.hidden.listed, self._guard.before_copy)
-        for chunks in self.optimizers:
-            self._adopt_state(chunks)
-            self._state_hooks += optimizer_state.attach(chunks, store, self._index_of)
 
     @property
     def counters(self) -> Counters:
@@ -148,19 +145,26 @@ class Engine:
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Around the forward and backward of a micro-batch that no step follows: shards add up in fp32."""
+        self._require_waiting_gradients("accumulate gradients")
         before, self._gradients.accumulating = self._gradients.accumulating, True
         try:
             yield
         finally:
             self._gradients.accumulating = before
 
+    def scale(self, loss: Tensor) -> Tensor:
+        """``loss`` times the loss scale, if there is one, at least in fp32; gradients are read without it again."""
+        if self._update.loss_scale is None:
+            return loss
+        self._gradients.loss_scale = self._update.loss_scale.value
+        return loss.float() * self._gradients.loss_scale
+
     def abort(self) -> None:
         """Drops the forward and the backward under way. Weights, states and accumulated gradients stay."""
         self._step.reset()
         self._gradients.reset()
         self._schedule.reset()
-        for optimizer in self.optimizers:
-            optimizer.restore()
+        self.optimizers.restore()
 
     def tear(self) -> None:
         """Says that chunks that are kept whole do not hold the weights on all of their parts any more."""
@@ -197,18 +201,17 @@ class Engine:
         Returns:
             an fp32 scalar on the device.
         """
-        if module is not None:
-            every = self.grad_norms(norm_type)
-            wanted = {self.layout.params[self._index_of[p]].name for p in module.parameters() if p in self._index_of}
-            parts = [norm for name, norm in every.items() if name in wanted]
-            zero = torch.zeros((), device=self.store.device.device)
-            norm: Tensor = torch.linalg.vector_norm(torch.stack([zero, *parts]), norm_type)
-            return norm
-        return norms.total_norm(self.store, self._agreed(optimizer), norm_type)
+        self._require_waiting_gradients("read the norm of gradients")
+        gradients = self.optimizers.gradients(optimizer)
+        if module is None:
+            return self._norms.total(gradients, norm_type)
+        names = {self.layout.params[self._index_of[p]].name for p in module.parameters() if p in self._index_of}
+        return self._norms.of(names, gradients, norm_type)
 
     def grad_norms(self, norm_type: float = 2.0) -> dict[str, Tensor]:
         """The norm of each parameter's gradient by the parameter's name; all ranks have to call."""
-        return norms.norms_by_name(self.store, self._agreed(None), norm_type)
+        self._require_waiting_gradients("read the norms of gradients")
+        return self._norms.by_name(self.optimizers.gradients(None), norm_type)
 
     def clip_grad_norm(self, optimizer: Optimizer | None, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scales the gradients so that their norm is at most ``max_norm``, as ``torch.nn.utils.clip_grad_norm_`` does.
@@ -216,13 +219,13 @@ class Engine:
         Returns:
             the norm before, an fp32 scalar on the device.
         """
-        norm = self.grad_norm(optimizer, norm_type)
-        norms.clip_by_norm(self._gradients_of(optimizer), norm, max_norm)
-        return norm
+        self._require_waiting_gradients("clip gradients")
+        return self._norms.clip(self.optimizers.gradients(optimizer), max_norm, norm_type)
 
     def clip_grad_value(self, optimizer: Optimizer | None, clip_value: float) -> None:
         """Clamps each element of the gradients to ``[-clip_value, clip_value]``; all ranks have to call."""
-        norms.clip_by_value(self._agreed(optimizer), clip_value)
+        self._require_waiting_gradients("clip gradients")
+        self._norms.clamp(self.optimizers.gradients(optimizer), clip_value)
 
     @contextmanager
     def summon(
@@ -254,7 +257,8 @@ class Engine:
             self._summoner.bind(wanted, where, everywhere=not rank0_only)
             self._step.stand_ins.forget()
             if with_grads:
-                self._summoner.bind_grads(wanted, self._agreed(None), where, everywhere=not rank0_only)
+                self._ballot.agree(self.optimizers.gradients(None))
+                self._summoner.bind_grads(wanted, self.optimizers.gradients(None), where, everywhere=not rank0_only)
             yield
             if writeback:
                 self._summoner.write_back(wanted)
@@ -288,12 +292,9 @@ class Engine:
         """
         if self._phase is Phase.RELEASED:
             return True
-        torn = self._torn or any(optimizer.stepping for optimizer in self.optimizers)
+        torn = self._torn or self.optimizers.stepping
         self.abort()
-        for optimizer in self.optimizers:
-            optimizer.remove()
-        for handle in self._state_hooks:
-            handle.remove()
+        self.optimizers.remove()
         self._step.remove()
         self._guard.remove()
         for unit in self.units:
@@ -316,7 +317,7 @@ class Engine:
 
     def optimizer_state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's whole state by parameter, in torch's own format, on rank 0; every rank has to call."""
-        return optimizer_state.gather_state_dict(self._on_chunks(optimizer), self.store, self._index_of)
+        return self.optimizers.state_dict(optimizer)
 
     def load_optimizer_state_dict(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Loads a whole state in torch's own format, which every rank has.
@@ -324,7 +325,7 @@ class Engine:
         Raises:
             ConfigurationError: it belongs to another optimizer; nothing is changed.
         """
-        optimizer_state.load_state_dict(self._on_chunks(optimizer), self.store, self._index_of, state)
+        self.optimizers.load_state_dict(optimizer, state)
 
     def check_model(self) -> None:
         """Raises ConfigurationError if the model has other parameters than when it was laid out, StateError if one was
@@ -340,57 +341,33 @@ class Engine:
             )
         self._guard.check()
 
-    def _before_update(self, gradients: list[ChunkGradient]) -> None:
+    def _may_update(self, gradients: list[ChunkGradient]) -> bool:
         self._require_live("take a step")
         self._step.uses.check_idle()
-        failure: GeminiError | None = None
-        try:
-            self._step.stand_ins.take()
-            self._guard.check()
-            self.store.tags.settle()
-            self._step.hidden.settle()
-        except GeminiError as error:
-            failure = error
-        failed, *changed = self._gradients.agree(gradients, [failure is not None, *self._buffers.changed()])
-        if failed:
-            self._gradients.discard(gradients)  # they may be what was wrong
-            self._step.hidden.suspect()
-        if failure is not None:
-            raise failure
-        if failed:
-            raise DisagreementError("another rank could not take this step; no rank did, and the weights are unchanged")
-        if any(changed):
-            self._buffers.sync(changed)
+        return self._verdict.may_update(gradients, self._inspect)
 
-    def _adopt_state(self, chunks: OptimizerOnChunks) -> None:
-        """Some optimizers, such as Adagrad, make their state in the constructor."""
-        state = chunks.optimizer.state
-        if state:
-            optimizer_state.load_states(chunks, self.store, self._by_index(state))
-            state.clear()
+    def _inspect(self) -> None:
+        """Raises GeminiError if this rank cannot take a step."""
+        self._step.stand_ins.take()
+        self._guard.check()
+        self.store.tags.settle()
+        self._step.hidden.settle()
 
-    def _by_index(self, state: Mapping[Any, Any]) -> dict[int, dict[str, Any]]:
-        return {self._index_of[param]: dict(values) for param, values in state.items()}
+    def _consume(self, gradient: ChunkGradient) -> None:
+        """Updates a chunk as soon as its gradient is reduced."""
+        self._verdict.note_use(gradient)
+        self.optimizers.update_now(gradient)
 
     def _is_whole(self) -> bool:
         exact = not self._schedule.moving and not self.store.masters
         return exact if self._phase is Phase.LIVE else True
 
-    def _agreed(self, optimizer: Optimizer | None) -> list[ChunkGradient]:
-        gradients = self._gradients_of(optimizer)
-        self._gradients.agree(gradients, [])
-        return gradients
-
-    def _gradients_of(self, optimizer: Optimizer | None) -> list[ChunkGradient]:
-        if optimizer is None:
-            return list(self._gradients.chunks.values())
-        return self._on_chunks(optimizer).gradients
-
-    def _on_chunks(self, optimizer: Optimizer) -> OptimizerOnChunks:
-        for known in self.optimizers:
-            if known.optimizer is optimizer:
-                return known
-        raise ConfigurationError(f"this {type(optimizer).__name__} is none of the optimizers that were laid out")
+    def _require_waiting_gradients(self, action: str) -> None:
+        if self._gradients.consume is not None:
+            raise StateError(
+                f"cannot {action}: with update='in_backward' each gradient is used and dropped as it comes. Use "
+                "update='at_step'."
+            )
 
     def _require_live(self, action: str) -> None:
         if self._phase is not Phase.LIVE:

@@ -11,11 +11,18 @@ NOTE: late gradients.
 A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced is
 kept until the step, where the ranks agree on the chunks to reduce once more; from then on the chunk waits for as many
 parts as it got.
+
+NOTE: sound gradients.
+The sum of a shard's squares is taken when the shard is made, while it is in the cache. It is what norms are made of,
+and it is not finite if an element is not: looking for these takes no pass of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +34,7 @@ from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError, OutOfBudgetError
 from lightning_gemini.core.memory import BufferPool
 from lightning_gemini.core.store import Store
+from lightning_gemini.optim.kernel import kernel_for
 
 #: Reductions under way at a time, as long as all ranks come to them at about the same time. A rank that has no
 #: gradient for a chunk comes to its reduction only when its backward is over, and may until then wait for the others in
@@ -35,6 +43,17 @@ _MAX_IN_FLIGHT, _PATIENCE_SECONDS = 2, 1.0
 
 #: Buffers of this part of the parameters' bytes stay from one backward to the next: page faults cost 2% of a step.
 _SPARED_SHARE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class _Reduction:
+    """A reduction under way; ``marks`` says which parameters have a gradient, if that cannot wait for the step."""
+
+    gradient: ChunkGradient
+    pending: Pending
+    out: Tensor
+    scratch: Tensor | None
+    marks: tuple[Tensor, Pending] | None
 
 
 class Gradients:
@@ -46,6 +65,8 @@ class Gradients:
 
     Attributes:
         accumulating: whether more backwards follow before the step, so that shards are best kept in fp32.
+        loss_scale: what the loss of the backward under way, or of the next one, is multiplied with.
+        consume: called with each gradient when it is reduced, if it is not to wait for the step; then it is dropped.
     """
 
     def __init__(self, store: Store, policy: DtypePolicy) -> None:
@@ -70,8 +91,10 @@ class Gradients:
         self._next = 0
         self._in_step = True  # the ranks have come to each reduction at about the same time
         self._completed: list[int] | None = []  # indices, until the order is learnt
-        self._in_flight: deque[tuple[ChunkGradient, Pending, Tensor, Tensor | None]] = deque()
+        self._in_flight: deque[_Reduction] = deque()
         self.accumulating = False
+        self.loss_scale = 1.0
+        self.consume: Callable[[ChunkGradient], None] | None = None
 
     def add(self, param: int, grad: Tensor) -> None:
         """Takes the gradient of parameter number ``param`` in; reduces chunks whose turn has come.
@@ -122,34 +145,15 @@ class Gradients:
             gradient.end_backward()
         self._transient.clear(self._spared)
 
-    def agree(self, chunks: list[ChunkGradient], flags: list[bool]) -> list[bool]:
-        """Makes ``used`` of ``chunks`` the same on all ranks and reduces late gradients; before every step.
-
-        Args:
-            flags: more things to agree on.
-
-        Returns:
-            for each flag whether any rank has set it.
-        """
-        if self._collectives.world_size == 1:
-            return flags
-        late = [gradient.state is GradientState.FILLING for gradient in chunks]
-        marks = [float(mark) for group in (flags, late, *(g.used for g in chunks)) for mark in group]
-        votes = self._collectives.sum(torch.tensor(marks, device=self._store.device.device)).bool().tolist()
-        for gradient, somewhere in zip(chunks, votes[len(flags) :], strict=False):
-            if somewhere:
-                if gradient.state is GradientState.EMPTY:
-                    self._open(gradient)
-                gradient.complete()
-                self._reduce(gradient)
-                gradient.reduced = False  # in the next backward
+    def reduce_late(self, gradients: Sequence[ChunkGradient]) -> None:
+        """Reduces what came after its chunk's turn, on this rank or another; all ranks call with the same ones."""
+        for gradient in gradients:
+            if gradient.state is GradientState.EMPTY:
+                self._open(gradient)
+            gradient.complete()
+            self._reduce(gradient)
+            gradient.reduced = False  # in the next backward
         self._settle()
-        start = len(flags) + len(chunks)
-        for gradient in chunks:
-            gradient.used = votes[start : start + len(gradient.used)]
-            start += len(gradient.used)
-        self._learn_order()
-        return votes[: len(flags)]
 
     def discard(self, chunks: list[ChunkGradient]) -> None:
         """Forgets the gradients of ``chunks``, reduced or not."""
@@ -157,14 +161,16 @@ class Gradients:
             if gradient.shard is not None:
                 self._shard_pool(gradient.chunk).put(gradient.shard)
                 gradient.shard = None
+            gradient.forget_scaling()
             gradient.used = [False] * len(gradient.used)
             if gradient.state is GradientState.FILLING:
                 self._drop_buffer(gradient)
 
     def reset(self) -> None:
         """After a failure: drops what the backward under way has not reduced; waits for nothing and nobody."""
-        for _, _, out, scratch in self._in_flight:
-            self._store.device.give(out.nbytes + (scratch.nbytes if scratch is not None else 0))
+        for under_way in self._in_flight:
+            scratch = under_way.scratch
+            self._store.device.give(under_way.out.nbytes + (scratch.nbytes if scratch is not None else 0))
         self._in_flight.clear()
         self._next = 0
         for gradient in self.chunks.values():
@@ -194,7 +200,7 @@ class Gradients:
         if self._completed is not None:
             self._completed.append(gradient.chunk.index)
 
-    def _learn_order(self) -> None:
+    def learn_order(self) -> None:
         """Takes over the order of rank 0's first backward; called where all ranks are."""
         if self._completed:
             seen = dict.fromkeys(self._collectives.broadcast_object(self._completed))
@@ -227,8 +233,10 @@ class Gradients:
         out = self._get(self._result_pool(gradient.chunk), gradient.chunk.own.numel(), full.dtype, what)
         scratch_numel = self._collectives.scratch_numel(full.numel())
         scratch = self._get(self._transient, scratch_numel, full.dtype, what) if scratch_numel else None
+        if full.dtype == torch.float16:
+            full.mul_(1 / self._collectives.world_size)  # here, and not after the sum, which could overflow
         pending = self._collectives.reduce_scatter(full, out, scratch)
-        self._in_flight.append((gradient, pending, out, scratch))
+        self._in_flight.append(_Reduction(gradient, pending, out, scratch, self._exchange_marks(gradient)))
         self._store.counters.reduces += 1
         self._store.counters.reduced_bytes += full.nbytes - out.nbytes
 
@@ -247,7 +255,7 @@ class Gradients:
 
     def _finish_if_done(self) -> bool:
         """Finishes the oldest reduction, unless another rank has not come to it for some time."""
-        done = self._in_flight[0][1].done(_PATIENCE_SECONDS if self._in_step else 0.0)
+        done = self._in_flight[0].pending.done(_PATIENCE_SECONDS if self._in_step else 0.0)
         if done:
             self._finish_oldest()
         else:
@@ -255,12 +263,26 @@ class Gradients:
         return done
 
     def _finish_oldest(self) -> None:
-        gradient, pending, out, scratch = self._in_flight.popleft()
-        pending.wait()
-        if scratch is not None:
-            self._transient.put(scratch)
+        under_way = self._in_flight.popleft()
+        under_way.pending.wait()
+        gradient, out = under_way.gradient, under_way.out
+        if under_way.scratch is not None:
+            self._transient.put(under_way.scratch)
+        if under_way.marks is not None:
+            marks, exchanged = under_way.marks
+            exchanged.wait()
+            gradient.used = marks.bool().tolist()
         self._drop_buffer(gradient)
-        self._keep(gradient, out.mul_(1 / self._collectives.world_size))
+        if out.dtype != torch.float16:
+            out.mul_(1 / self._collectives.world_size)
+        self._keep(gradient, out)
+
+    def _exchange_marks(self, gradient: ChunkGradient) -> tuple[Tensor, Pending] | None:
+        """Starts to find out which parameters of a chunk have a gradient on any rank, if that cannot wait."""
+        if self.consume is None:
+            return None
+        marks = torch.tensor([float(mark) for mark in gradient.used], device=self._store.device.device)
+        return marks, self._collectives.sum_reduced(marks)
 
     def _drop_buffer(self, gradient: ChunkGradient) -> None:
         assert gradient.buffer is not None
@@ -283,13 +305,30 @@ class Gradients:
             part = moved
         if gradient.shard is None:
             gradient.shard = part
-            return
-        if gradient.shard.dtype != keep:
-            wide = pool.get(part.numel(), keep, what).copy_(gradient.shard)
-            pool.put(gradient.shard)
-            gradient.shard = wide
+            gradient.forget_scaling()
+            gradient.loss_scale = self.loss_scale
+        else:
+            if gradient.shard.dtype != keep:
+                wide = pool.get(part.numel(), keep, what).copy_(gradient.shard)
+                pool.put(gradient.shard)
+                gradient.shard = wide
+            self._add(gradient, part)
+            pool.put(part)
+        if self.consume is not None:
+            self.consume(gradient)
+            self.discard([gradient])
+        elif not self.accumulating:
+            square_sum(gradient)
+
+    def _add(self, gradient: ChunkGradient, part: Tensor) -> None:
+        """Adds a part that carries the present loss scale."""
+        if gradient.clip is not None or gradient.limit < math.inf:
+            gradient.scale()  # clipped before, and more comes now
+        assert gradient.shard is not None
+        if gradient.loss_scale != self.loss_scale:
+            part.mul_(gradient.loss_scale / self.loss_scale)
         gradient.shard.add_(part)
-        pool.put(part)
+        gradient.square_sum = None
 
     def _shard_pool(self, chunk: Chunk) -> BufferPool:
         return self._shards[chunk.home is Home.HOST]
@@ -303,6 +342,18 @@ class Gradients:
         several = self._collectives.world_size > 1
         dtype = self._policy.reduce_dtype(chunk.full.dtype) if several else chunk.full.dtype
         return self._transient if chunk.home is Home.HOST or dtype != chunk.full.dtype else self._shards[False]
+
+
+def square_sum(gradient: ChunkGradient) -> Tensor:
+    """The sum of the squares of a gradient's shard, which it must have, as it is: a scalar where the shard is."""
+    if gradient.square_sum is None:
+        shard = gradient.shard
+        assert shard is not None
+        if shard.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            gradient.square_sum = kernel_for(shard.device).square_sum(shard)
+        else:
+            gradient.square_sum = torch.linalg.vector_norm(shard).square()
+    return gradient.square_sum
 
 
 def _wants_gradient(chunk: Chunk) -> bool:

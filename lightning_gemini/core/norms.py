@@ -2,48 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.chunk_gradient import ChunkGradient
+from lightning_gemini.core.gradients import square_sum
 from lightning_gemini.core.store import Store
 
 
-def total_norm(store: Store, gradients: Sequence[ChunkGradient], norm_type: float) -> Tensor:
-    """The p-norm over all ranks and all parameters of ``gradients``; an fp32 scalar on the device."""
-    local = [_norm(g.shard, norm_type, store.device.device) for g in gradients if g.shard is not None]
-    return _over_ranks(store, _combine(local, norm_type, store.device.device).reshape(1), norm_type)[0]
+class Norms:
+    """Norms over all ranks, and clipping; all ranks have to call.
+
+    Args:
+        store: the chunks.
+        ballot: makes the ranks agree on which parameters have gradients.
+    """
+
+    def __init__(self, store: Store, ballot: Ballot) -> None:
+        self._store = store
+        self._ballot = ballot
+
+    def total(self, gradients: Sequence[ChunkGradient], norm_type: float) -> Tensor:
+        """The p-norm over all parameters of ``gradients``; an fp32 scalar on the device."""
+        self._ballot.agree(gradients)
+        device = self._store.device.device
+        local = [_chunk_norm(g, norm_type, device) for g in gradients if g.shard is not None]
+        return _over_ranks(self._store, _combine(local, norm_type, device).reshape(1), norm_type)[0]
+
+    def by_name(self, gradients: Sequence[ChunkGradient], norm_type: float) -> dict[str, Tensor]:
+        """The p-norm of each parameter's gradient that there is; fp32 scalars on the device."""
+        self._ballot.agree(gradients)
+        device = self._store.device.device
+        names, local = [], []
+        for gradient in gradients:
+            for slot, (name, span) in enumerate(zip(gradient.chunk.names, gradient.spans, strict=True)):
+                if gradient.shard is not None and gradient.used[slot]:
+                    names.append(name)
+                    local.append(_norm(gradient.scaled(span.start, span.stop), norm_type, device))
+        if not names:
+            return {}
+        return dict(zip(names, _over_ranks(self._store, torch.stack(local), norm_type), strict=True))
+
+    def of(self, names: Collection[str], gradients: Sequence[ChunkGradient], norm_type: float) -> Tensor:
+        """The p-norm over the named parameters; an fp32 scalar on the device."""
+        parts = [norm for name, norm in self.by_name(gradients, norm_type).items() if name in names]
+        return _combine(parts, norm_type, self._store.device.device)
+
+    def clip(self, gradients: Sequence[ChunkGradient], max_norm: float, norm_type: float) -> Tensor:
+        """Scales ``gradients``, when they are next read, as ``torch.nn.utils.clip_grad_norm_`` does.
+
+        Returns:
+            the norm before; an fp32 scalar on the device.
+        """
+        norm = self.total(gradients, norm_type)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.clip_by(factor)
+        return norm
+
+    def clamp(self, gradients: Sequence[ChunkGradient], limit: float) -> None:
+        """Clamps each element of ``gradients``, when it is next read, to ``[-limit, limit]``."""
+        self._ballot.agree(gradients)
+        for gradient in gradients:
+            gradient.clamp(limit)
 
 
-def norms_by_name(store: Store, gradients: Sequence[ChunkGradient], norm_type: float) -> dict[str, Tensor]:
-    """The p-norm of each parameter's gradient that there is, over all ranks; fp32 scalars on the device."""
-    device = store.device.device
-    names, local = [], []
-    for gradient in gradients:
-        for slot, (name, span) in enumerate(zip(gradient.chunk.names, gradient.spans, strict=True)):
-            if gradient.shard is not None and gradient.used[slot]:
-                names.append(name)
-                local.append(_norm(gradient.shard[span.start : span.stop], norm_type, device))
-    if not names:
-        return {}
-    return dict(zip(names, _over_ranks(store, torch.stack(local), norm_type), strict=True))
-
-
-def clip_by_norm(gradients: Sequence[ChunkGradient], norm: Tensor, max_norm: float) -> None:
-    """Scales the shards as ``torch.nn.utils.clip_grad_norm_`` scales gradients whose norm is ``norm``."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        if gradient.shard is not None:
-            gradient.shard.mul_(factor.to(gradient.shard.device))
-
-
-def clip_by_value(gradients: Sequence[ChunkGradient], clip_value: float) -> None:
-    """Clamps each element of the shards to ``[-clip_value, clip_value]``."""
-    for gradient in gradients:
-        if gradient.shard is not None:
-            gradient.shard.clamp_(-clip_value, clip_value)
+def _chunk_norm(gradient: ChunkGradient, norm_type: float, device: torch.device) -> Tensor:
+    if norm_type != 2 or gradient.limit < math.inf:
+        return _norm(gradient.scaled(), norm_type, device)
+    root = square_sum(gradient).sqrt().to(device, torch.float32)
+    return root * gradient.factor
 
 
 def _norm(part: Tensor, norm_type: float, device: torch.device) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.segments import State, is_elementwise
 from lightning_gemini.core.store import Store, flatten_like
-from lightning_gemini.core.update import ChunkUpdate, OptimizerOnChunks
+from lightning_gemini.core.update import OptimizerOnChunks
 
 
 def attach(chunks: OptimizerOnChunks, store: Store, index_of: Mapping[nn.Parameter, int]) -> list[RemovableHandle]:
@@ -114,21 +115,22 @@ def load_states(chunks: OptimizerOnChunks, store: Store, states: Mapping[int, St
 
 def _cut(update: ChunkUpdate, store: Store, slot: int, value: Tensor) -> Tensor:
     """The part of a whole parameter's state that belongs to this rank's span."""
-    dtype = update.target.dtype if value.is_floating_point() else value.dtype
+    dtype = update.state_dtype if value.is_floating_point() else value.dtype
     flat = flatten_like(value, update.chunk.strides[slot], dtype)
-    return store.own_part(update.chunk.index, update.chunk.spec.slots[slot], flat).to(update.target.device)
+    return store.own_part(update.chunk.index, update.chunk.spec.slots[slot], flat).to(update.chunk.shard.device)
 
 
 def _gather_chunk(update: ChunkUpdate, store: Store) -> dict[int, State]:
     if update.is_new:  # on all ranks, then
         return {}
+    numel, device = update.chunk.shard.numel(), update.chunk.shard.device
     local: dict[int, dict[str, Any]] = {}
     shards: dict[str, Tensor] = {}
     for slot, span, state in update.shard.slot_states():
         for key, value in state.items():
             if is_elementwise(value, len(span)):
                 if key not in shards:
-                    shards[key] = torch.zeros(update.target.numel(), dtype=value.dtype, device=update.target.device)
+                    shards[key] = torch.zeros(numel, dtype=value.dtype, device=device)
                 shards[key][span.start : span.stop] = value
                 local.setdefault(slot, {})[key] = value.dtype
             else:
@@ -143,7 +145,7 @@ def _gather_chunk(update: ChunkUpdate, store: Store) -> dict[int, State]:
     for key, dtype in sorted(dtypes.items()):
         shard = shards.get(key)
         if shard is None:
-            shard = torch.zeros(update.target.numel(), dtype=dtype, device=update.target.device)
+            shard = torch.zeros(numel, dtype=dtype, device=device)
         flat = store.assemble(chunk.index, shard)
         for slot in merged if store.collectives.rank == 0 else ():
             if key in merged[slot]:

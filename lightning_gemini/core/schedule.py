@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_gemini.core.chunk import Chunk, Home
-from lightning_gemini.core.errors import OutOfBudgetError
+from lightning_gemini.core.errors import OutOfBudgetError, StateError
 from lightning_gemini.core.layout import Layout
 from lightning_gemini.core.memory import Tier, format_bytes
 from lightning_gemini.core.store import Store
@@ -24,12 +24,22 @@ class Schedule:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._idle: dict[int, Chunk] = {}  # resident and unused, the oldest first
+        self._expired: set[int] = set()  # updated in the backward under way
         store.device.spare = self._make_room
         #: whether any chunk is ever freed; if not, parameters are always resident
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
 
     def acquire(self, chunk: Chunk, reason: str) -> None:
-        """Makes ``chunk`` resident for ``reason`` (a unit's name) and pins it until :meth:`release`."""
+        """Makes ``chunk`` resident for ``reason`` (a unit's name) and pins it until :meth:`release`.
+
+        Raises:
+            StateError: it holds other values than when the backward under way began.
+        """
+        if chunk.index in self._expired:
+            raise StateError(
+                f"{reason} needs {chunk.names[0]} in a backward that has updated it already, because all of its "
+                "gradients were in (is it used detached, too?). Use update='at_step' instead of 'in_backward'."
+            )
         self._idle.pop(chunk.index, None)
         if not chunk.resident:
             self._store.unshard(chunk, reason)
@@ -38,19 +48,33 @@ class Schedule:
     def release(self, chunk: Chunk) -> None:
         """Ends one use; a chunk nobody uses any more becomes idle."""
         chunk.unpin()
-        if chunk.pins == 0 and chunk.home is not Home.FULL:
+        if chunk.pins == 0 and chunk.index in self._expired:
+            self._store.reshard(chunk)
+        elif chunk.pins == 0 and chunk.home is not Home.FULL:
             self._idle[chunk.index] = chunk
             while len(self._idle) > IDLE_CHUNKS:
                 self._free_oldest()
 
-    def renew(self, chunk: Chunk) -> None:
-        """The shard of ``chunk`` has changed: brings the new values if it is kept or in use, frees it if it is idle."""
+    def renew(self, chunk: Chunk, refill: bool = True) -> None:
+        """The shard of ``chunk`` has changed: brings the new values if it is kept or in use, frees it if it is idle.
+
+        Args:
+            refill: whether who uses it now is to see the new values; if not, the chunk expires: it is freed after its
+                last use, and nobody may use it again until :meth:`backward_over`.
+        """
         if chunk.home is Home.FULL:
             self._store.refresh(chunk).wait()
-        elif self._idle.pop(chunk.index, None) is not None:
+            return
+        if not refill:
+            self._expired.add(chunk.index)
+        if self._idle.pop(chunk.index, None) is not None:
             self._store.reshard(chunk)
-        elif chunk.resident:
+        elif chunk.resident and refill:
             self._store.fill(chunk, "its new values after a step")
+
+    def backward_over(self) -> None:
+        """What has expired may be used again, with its new values."""
+        self._expired.clear()
 
     def reset(self) -> None:
         """Frees whatever is unsharded, in use or not; after a failed step and before the end."""
@@ -60,6 +84,7 @@ class Schedule:
             if chunk.home is not Home.FULL and chunk.resident:
                 self._store.reshard(chunk)
         self._idle.clear()
+        self._expired.clear()
 
     def _make_room(self, nbytes: int) -> None:
         while self._idle and not self._store.device.room(nbytes):

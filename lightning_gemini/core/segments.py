@@ -1,4 +1,4 @@
-"""Segments: the runs of a shard that a torch optimizer sees as its parameters."""
+"""Segments: the runs of a shard that an optimizer updates as one parameter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 State = dict[str, Any]
 
@@ -23,28 +23,30 @@ class Segment:
     Attributes:
         start, stop: the part of the shard, in elements from its beginning.
         slots: the slots of the chunk that lie in it, wholly or in part.
-        flat: what the optimizer sees, an fp32 master or the shard itself.
-        state: the optimizer's state of ``flat``.
+        state: the optimizer's state of it.
     """
 
     start: int
     stop: int
     slots: tuple[int, ...]
-    flat: nn.Parameter
     state: State = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
 
 
 class SegmentedShard:
     """A chunk's shard, cut into segments.
 
     Args:
-        target: the flat values that the optimizer updates, as many elements as the shard.
-        spans: for each slot the part of ``target`` that holds it, empty where another rank does.
+        spans: for each slot the part of the shard that holds it, empty where another rank does.
+        device: where the shard is.
     """
 
-    def __init__(self, target: Tensor, spans: Sequence[range]) -> None:
-        self._target = target
+    def __init__(self, spans: Sequence[range], device: torch.device) -> None:
         self._spans = spans
+        self._device = device
         mine = [slot for slot, span in enumerate(spans) if len(span)]
         self.segments: list[Segment] = [self._segment(mine)] if mine else []
 
@@ -83,16 +85,14 @@ class SegmentedShard:
 
     def _join(self, segment: Segment, parts: Mapping[int, Tensor]) -> Tensor:
         dtype = parts[segment.slots[0]].dtype
-        whole = torch.zeros(segment.stop - segment.start, dtype=dtype, device=self._target.device)
+        whole = torch.zeros(segment.numel, dtype=dtype, device=self._device)
         for slot, part in parts.items():
             span = self._spans[slot]
             whole[span.start - segment.start : span.stop - segment.start] = part
         return whole
 
     def _segment(self, slots: Sequence[int]) -> Segment:
-        start, stop = self._spans[slots[0]].start, self._spans[slots[-1]].stop
-        flat = nn.Parameter(self._target[start:stop].detach(), requires_grad=True)
-        return Segment(start, stop, tuple(slots), flat)
+        return Segment(self._spans[slots[0]].start, self._spans[slots[-1]].stop, tuple(slots))
 
     def _part(self, segment: Segment, slots: Sequence[int]) -> Segment:
         part = self._segment(slots)
@@ -101,12 +101,14 @@ class SegmentedShard:
 
 
 def _cut(segment: Segment, start: int, stop: int) -> State:
-    numel = segment.stop - segment.start
     low, high = start - segment.start, stop - segment.start
-    return {
-        key: value[low:high] if is_elementwise(value, numel) else value.clone() if isinstance(value, Tensor) else value
-        for key, value in segment.state.items()
-    }
+
+    def cut(value: Any) -> Any:
+        if is_elementwise(value, segment.numel):
+            return value[low:high]
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return {key: cut(value) for key, value in segment.state.items()}
 
 
 def is_elementwise(value: Any, numel: int) -> bool:

@@ -23,11 +23,10 @@ from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.schedule import choose_homes
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.units import find_units
+from lightning_gemini.core.update_policy import UpdatePolicy
+from lightning_gemini.optim.recognise import recognise
 
 Placement = Literal["auto", "device", "host"]
-
-#: fp32 exp_avg and exp_avg_sq: what most people's optimizer keeps. The real size shows after the first step.
-_STATE_BYTES = 8
 
 _CHUNKS_AT_ONCE, _REDUCING_AT_ONCE = 10, 3
 
@@ -45,6 +44,7 @@ def shard(
     chunk_size: int | Literal["auto"] = "auto",
     unit_modules: Collection[str | type] = (),
     policy: DtypePolicy = DtypePolicy(),  # noqa: B008, it is frozen
+    update: UpdatePolicy = UpdatePolicy(),  # noqa: B008, likewise
     unbuilt: Collection[nn.Parameter] = (),
     home: Home | None = None,
     check: bool = False,
@@ -67,6 +67,7 @@ def shard(
         chunk_size: elements in a chunk, or ``"auto"``.
         unit_modules: modules that are made usable as a whole (see :func:`units.find_units`).
         policy: the dtypes.
+        update: when updates are made, and what becomes of gradients that are not finite.
         unbuilt: parameters that :func:`construct.leave_meta` was called for already.
         home: where every chunk's shard lives, instead of what ``placement`` makes of it.
         check: watch every step, not only the first of each kind, for reads that hooks cannot see (see ``hidden``).
@@ -83,14 +84,16 @@ def shard(
     specs = specify(model, optimizers, policy, unbuilt)
     units = find_units(model, index_of, unit_modules)
     for number, optimizer in enumerate(optimizers):
-        require_elementwise(optimizer, f"optimizer {number}", device)
+        _require_rules(optimizer, f"optimizer {number}", device, policy)
     limits = collectives.gather_objects((device_memory, host_memory))
     tiers = (
         Tier("device", device, min((d for d, _ in limits if d is not None), default=None)),
         Tier("host", torch.device("cpu"), min((h for _, h in limits if h is not None), default=None)),
     )
     dtypes = [param.dtype for param in params]
-    layout, homes, masters = _plan(specs, collectives.world_size, chunk_size, tiers[0], placement, home, dtypes, policy)
+    layout, homes, masters = _plan(
+        specs, collectives.world_size, chunk_size, tiers[0], placement, home, dtypes, policy, update
+    )
     _require_agreement(layout, collectives)
     missing = {*unbuilt, *construct.leave_meta(model, device)}
     values = {index: param.data for param, index in index_of.items() if param not in missing}
@@ -105,7 +108,20 @@ def shard(
     construct.fill(store, values)
     construct.initialise(model, store, index_of, missing)
     construct.place_buffers(model, device)
-    return Engine(model, params, dtypes, store, optimizers, units, policy, check)
+    return Engine(model, params, dtypes, store, optimizers, units, policy, update, check)
+
+
+def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy: DtypePolicy) -> None:
+    """Raises ConfigurationError if ``optimizer`` cannot work on chunks under ``policy``."""
+    if all(recognise(optimizer, group) is not None for group in optimizer.param_groups):
+        return
+    require_elementwise(optimizer, name, device)
+    if policy.state != torch.float32:
+        raise ConfigurationError(
+            f"{name} ({type(optimizer).__name__}) makes its own states, so they cannot be kept in {policy.state}. Use "
+            "torch.optim.AdamW, Adam, SGD or Adagrad or lightning_gemini.optim.Lion with plain settings, or fp32 "
+            "states."
+        )
 
 
 def specify(
@@ -172,6 +188,7 @@ def _plan(
     home: Home | None,
     dtypes: Sequence[torch.dtype],
     policy: DtypePolicy,
+    update: UpdatePolicy,
 ) -> tuple[Layout, list[Home], set[int]]:
     """The layout, where its chunks live, and which have masters; smaller chunks where they have to move."""
     layout = plan_layout(specs, world_size, chunk_size)
@@ -183,7 +200,7 @@ def _plan(
         masters = _masters(layout, dtypes, policy)
         if home is not None:
             return layout, [home] * len(layout.chunks), masters
-        homes = choose_homes(layout, tier, placement, _update_bytes(layout, masters, policy))
+        homes = choose_homes(layout, tier, placement, _update_bytes(layout, policy, update))
         if homes[0] is Home.FULL:
             break
     return layout, homes, masters
@@ -227,13 +244,15 @@ def _trained(chunk: ChunkSpec) -> bool:
     return chunk.kind.trainable and chunk.kind.updated
 
 
-def _update_bytes(layout: Layout, masters: Collection[int], policy: DtypePolicy) -> int:
+def _update_bytes(layout: Layout, policy: DtypePolicy, update: UpdatePolicy) -> int:
     """Bytes of gradients, masters and optimizer states on one rank, and of the buffers that reductions go through."""
     total, buffers = 0, []
     for chunk in layout.chunks:
         if _trained(chunk):
             dtype = chunk.kind.dtype
-            per_element = dtype.itemsize + _STATE_BYTES + (4 if chunk.index in masters else 0)
+            waiting = dtype.itemsize if update.when == "at_step" else 0
+            # exp_avg and exp_avg_sq: what most people's optimizer keeps; the real size shows after the first step
+            per_element = waiting + policy.master_bytes(dtype) + 2 * policy.state.itemsize
             total += chunk.numel // layout.world_size * per_element
             buffers.append(chunk.numel * policy.reduce_dtype(dtype).itemsize)
     if layout.world_size > 1:

@@ -12,7 +12,8 @@ from lightning_gemini.core.agree import TagBook, chunk_tag
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.collectives import Collectives, Pending
 from lightning_gemini.core.dtypes import DtypePolicy
-from lightning_gemini.core.layout import Layout, Slot
+from lightning_gemini.core.layout import Layout, Slot, tag_numel
+from lightning_gemini.core.masters import Master
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.optim.masters import round_to_compute
 
@@ -29,6 +30,7 @@ class Counters:
     reduces: int = 0  #: reduce-scatters of a chunk's gradients
     reduced_bytes: int = 0  #: bytes that this rank sent for them
     updates: int = 0  #: chunks that an optimizer step has changed
+    skipped: int = 0  #: steps that were not taken because of gradients that are not finite
 
 
 class Store:
@@ -63,8 +65,7 @@ class Store:
         self._common_nbytes = max(set(sizes), key=lambda nbytes: (sizes.count(nbytes), nbytes))
         self._longest_slice = max(sizes) // layout.world_size
         self.chunks: list[Chunk] = []
-        self.masters: dict[int, Tensor] = {}
-        self._master_tiers: dict[int, Tier] = {}
+        self.masters: dict[int, Master] = {}
         self._policy = policy
         for spec, home in zip(layout.chunks, homes, strict=True):
             nbytes = spec.nbytes if home is Home.FULL else spec.nbytes // layout.world_size
@@ -144,17 +145,12 @@ class Store:
         """
         index, slot = self.layout.place(param)
         chunk, stride = self.chunks[index], self.layout.params[param].stride
-        master = self.masters.get(index)
-        if master is None:
-            flat = flatten_like(value.detach(), stride, chunk.full.dtype)
-        else:
-            wide = flatten_like(value.detach(), stride, master.dtype)
-            self.copy_own(index, slot, wide, master)
-            flat = round_to_compute(wide, torch.empty(wide.shape, dtype=chunk.full.dtype, device=wide.device))
+        master, mine = self.masters.get(index), self.owned(index, slot.offset, slot.end)
+        flat = flatten_like(value.detach(), stride, chunk.full.dtype if master is None else torch.float32)
         if chunk.home is Home.FULL:
-            chunk.full[slot.offset : slot.end].copy_(flat)
-        else:
-            self.copy_own(index, slot, flat, chunk.shard)
+            place = chunk.full[slot.offset : slot.end]
+            place.copy_(flat) if master is None else round_to_compute(flat, place)
+        self.put(chunk, mine.start, self.own_part(index, slot, flat))
 
     def own_part(self, index: int, slot: Slot, flat: Tensor) -> Tensor:
         """What this rank owns of a whole parameter; ``flat`` holds all of it, in the order of its memory."""
@@ -168,8 +164,23 @@ class Store:
         shard[mine.start : mine.stop].copy_(self.own_part(index, slot, flat))
 
     def truth(self, chunk: Chunk) -> Tensor:
-        """This rank's part of the weights as they count: the master where there is one, else the shard."""
-        return self.masters.get(chunk.index, chunk.shard)
+        """This rank's part of the weights as they count: the master's values where there is one, else the shard."""
+        master = self.masters.get(chunk.index)
+        return chunk.shard if master is None else master.values(chunk.shard)
+
+    def put(self, chunk: Chunk, start: int, values: Tensor) -> None:
+        """Stores ``values`` (1-d, of the dtype of :meth:`truth`) as this rank's weights from element ``start`` on.
+
+        Where they reach to the end of the shard, the tag stays as it is.
+        """
+        last = self.collectives.rank == self.layout.world_size - 1
+        room = chunk.shard.numel() - start - (tag_numel(chunk.shard.dtype) if last else 0)
+        values = values[:room]
+        master = self.masters.get(chunk.index)
+        if master is None:
+            chunk.shard[start : start + len(values)].copy_(values)
+        else:
+            master.put(chunk.shard, start, values.to(master.part.device))
 
     def tier_of(self, chunk: Chunk) -> Tier:
         """Where the chunk's shard and what goes with it live."""
@@ -198,24 +209,24 @@ class Store:
         self.collectives.gather(full).wait()
         return full
 
-    def update_target(self, chunk: Chunk) -> Tensor:
-        """What an optimizer is to update: the chunk's master, beside its shard, or the shard itself.
+    def bring_master(self, chunk: Chunk) -> Master | None:
+        """The chunk's master, beside its shard; a chunk that was frozen gets it now, or has it brought near."""
+        if not self._policy.needs_master(chunk.spec.kind.dtype):
+            return None
+        tier, known = self.tier_of(chunk), self.masters.get(chunk.index)
+        if known is None or known.tier is not tier:
+            near = self._new_master(chunk, tier)
+            values = self.truth(chunk).to(tier.device, torch.float32)
+            self.masters[chunk.index] = near
+            self.put(chunk, 0, values)
+            if known is not None:
+                known.release()
+        return self.masters[chunk.index]
 
-        A chunk that was frozen gets its master now, or has it brought near.
-        """
-        tier = self.tier_of(chunk)
-        if self._policy.needs_master(chunk.spec.kind.dtype) and self._master_tiers.get(chunk.index) is not tier:
-            before, far = self.truth(chunk), self._master_tiers.get(chunk.index)
-            self.masters[chunk.index] = self._new_master(chunk, tier).copy_(before)
-            if far is not None:
-                far.give(before.nbytes)
-        return self.truth(chunk)
-
-    def _new_master(self, chunk: Chunk, tier: Tier) -> Tensor:
-        tier.take(chunk.shard.numel() * 4, f"the master weights of chunk {chunk.index}")
-        self._master_tiers[chunk.index] = tier
-        with torch.inference_mode(False):
-            return torch.zeros(chunk.shard.numel(), device=tier.device)
+    def _new_master(self, chunk: Chunk, tier: Tier) -> Master:
+        assert self._policy.master is not None
+        what = f"the master weights of chunk {chunk.index}"
+        return Master(self._policy.master, chunk.shard.numel(), tier, what)
 
     def owned(self, chunk: int, start: int, stop: int) -> range:
         """The part of ``start:stop`` of a chunk that this rank owns, counted from its shard's beginning."""
@@ -230,8 +241,8 @@ class Store:
             if chunk.resident and chunk.home is not Home.FULL:
                 self.device.give(chunk.spec.nbytes)
             self.tier_of(chunk).give(chunk.spec.nbytes if chunk.home is Home.FULL else chunk.shard.nbytes)
-        for index, master in self.masters.items():
-            self._master_tiers[index].give(master.nbytes)
+        for master in self.masters.values():
+            master.release()
         self.chunks.clear()
         self.masters.clear()
         self.collectives.close()

@@ -74,7 +74,7 @@ class Summoner:
             slots = [s for s, place in enumerate(chunk.spec.slots) if place.param in wanted and gradient.used[s]]
             if gradient.shard is None or not slots:
                 continue
-            flat = self._store.assemble(chunk.index, gradient.shard)
+            flat = self._store.assemble(chunk.index, gradient.scaled())
             for slot in slots if everywhere or self._store.collectives.rank == 0 else ():
                 param = chunk.params[slot]
                 param.grad = chunk.view_in(flat, slot).to(device, param.dtype, copy=True)

@@ -136,6 +136,7 @@ class Uses:
             self._schedule.release(chunk)
         self._node_pins.clear()
         self._backward_pins.clear()
+        self._schedule.backward_over()
 
     def reset(self) -> None:
         """Forgets everything, after a failure; the schedule's own reset drops the pins."""

@@ -110,8 +110,10 @@ def batches(name: str, steps: int, ranks: int) -> list[list[Any]]:
 
 
 def adamw(name: str, model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    """torch's own loop, which runs as it is in chunks, too, so that bits can be compared."""
     groups = find(name).groups
-    return torch.optim.AdamW(groups(model) if groups else model.parameters(), lr=0.01, weight_decay=0.05, **settings)
+    settings = {"lr": 0.01, "weight_decay": 0.05, "foreach": False} | settings
+    return torch.optim.AdamW(groups(model) if groups else model.parameters(), **settings)
 
 
 def train_plain(name: str, steps: int, ranks: int) -> tuple[list[float], nn.Module, torch.optim.Optimizer]:

@@ -1,0 +1,184 @@
+"""One chunk as an optimizer updates it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_gemini.core.chunk_gradient import ChunkGradient
+from lightning_gemini.core.dtypes import DtypePolicy
+from lightning_gemini.core.masters import Master
+from lightning_gemini.core.segments import Segment, SegmentedShard
+from lightning_gemini.core.store import Store
+from lightning_gemini.optim.kernel import kernel_for
+from lightning_gemini.optim.operands import Operands
+from lightning_gemini.optim.recognise import recognise
+from lightning_gemini.optim.rule import Rule
+
+#: What a rule's arithmetic, which is in fp32, can read and write.
+_RULED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ChunkUpdate:
+    """The update of one chunk's shard, in segments: by a rule in one pass, or by the user's optimizer object.
+
+    Args:
+        store: the chunks.
+        gradient: the chunk's.
+        optimizer: the user's; the chunk is of its parameter group ``chunk.spec.kind.group``.
+        policy: the dtypes.
+    """
+
+    def __init__(self, store: Store, gradient: ChunkGradient, optimizer: Optimizer, policy: DtypePolicy) -> None:
+        self.chunk = gradient.chunk
+        self.gradient = gradient
+        self.optimizer = optimizer
+        self._store = store
+        self._policy = policy
+        self._tier = store.tier_of(self.chunk)
+        self._state_bytes = 0
+        self._origin = store.collectives.rank * self.chunk.shard.numel()
+        self._made: dict[Segment, tuple[Tensor, ...]] = {}
+        self._transient_bytes = 0
+        self._offered: list[tuple[Segment, nn.Parameter]] = []
+
+    @cached_property
+    def master(self) -> Master | None:
+        """The chunk's master; found when it is first needed, which for a frozen chunk may be late or never."""
+        return self._store.bring_master(self.chunk)
+
+    @cached_property
+    def shard(self) -> SegmentedShard:
+        """The shard, cut into segments."""
+        return SegmentedShard(self.gradient.spans, self.chunk.shard.device)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there has been neither an update nor any state of the optimizer."""
+        return "shard" not in self.__dict__
+
+    @property
+    def active(self) -> bool:
+        """Whether there is a gradient to update with."""
+        return self.gradient.shard is not None and any(self.gradient.used)
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule that does what the optimizer does, if there is one and the chunk's dtype is one of its own."""
+        dtype = self.chunk.spec.kind.dtype
+        if dtype not in _RULED or (dtype == torch.float16 and not self._policy.needs_master(dtype)):
+            return None
+        return recognise(self.optimizer, self.optimizer.param_groups[self.chunk.spec.kind.group or 0])
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """The dtype of element-wise states."""
+        if self.rule is not None:
+            return self._policy.state
+        return torch.float32 if self._policy.needs_master(self.chunk.spec.kind.dtype) else self.chunk.spec.kind.dtype
+
+    def prepare(self, rule: Rule) -> None:
+        """Makes the states that ``rule`` lacks, aside; before anything is updated, since it may fail.
+
+        Raises:
+            OutOfBudgetError: there is no room for them.
+        """
+        _ = self.master
+        for segment in self.shard.select(self.gradient.used):
+            missing = sum(segment.state.get(name) is None for name in rule.state_names)
+            if missing:
+                self._take(missing * segment.numel * self._policy.state.itemsize)
+                with torch.inference_mode(False):
+                    like = self.chunk.shard[segment.start : segment.stop]
+                    self._made[segment] = rule.states(dict(segment.state), like, self._policy.state)
+
+    def apply(self, rule: Rule) -> None:
+        """Updates by ``rule``, in one pass; after :meth:`prepare`."""
+        grad, factor = self.gradient.shard, self.gradient.factor
+        assert grad is not None
+        group = self.optimizer.param_groups[self.chunk.spec.kind.group or 0]
+        kernel = kernel_for(grad.device)
+        for segment in self.shard.select(self.gradient.used):
+            start, stop = segment.start, segment.stop
+            scalars = rule.scalars(group, segment.state)
+            segment.state.update(zip(rule.state_names, self._made.pop(segment, ()), strict=False))
+            operands = Operands(
+                shard=self.chunk.shard[start:stop],
+                master=None if self.master is None else self.master.part[start:stop],
+                grad=grad[start:stop],
+                factor=factor.to(grad.device) if isinstance(factor, Tensor) else factor,
+                limit=self.gradient.limit,
+                states=[segment.state[name] for name in rule.state_names],
+                seed=self._seed(segment),
+                first=self._origin + start,
+            )
+            kernel.update(rule, scalars, operands)
+
+    def offer(self) -> list[nn.Parameter]:
+        """What the optimizer object sees in the place of its parameters, with gradients and states in their places."""
+        for segment in self.shard.select(self.gradient.used):
+            start, stop = segment.start, segment.stop
+            shard = self.chunk.shard
+            values = shard[start:stop] if self.master is None else self.master.values(shard, start, stop)
+            grad = self.gradient.scaled(start, stop).to(values.dtype)
+            flat = nn.Parameter(values.detach(), requires_grad=True)
+            flat.grad = grad
+            self._count_transient(values, grad)
+            if segment.state:
+                self.optimizer.state[flat] = segment.state
+            self._offered.append((segment, flat))
+        return [flat for _, flat in self._offered]
+
+    def take_back(self) -> None:
+        """After the optimizer's step: takes the states, and brings what has changed into the shard."""
+        fresh = any(not segment.state for segment, _ in self._offered)
+        for segment, flat in self._offered:
+            segment.state = self.optimizer.state.pop(flat, {})
+            if self.master is not None:
+                self.master.put(self.chunk.shard, segment.start, flat.detach())
+        self.withdraw()
+        if fresh:
+            self.count_state()
+
+    def withdraw(self) -> None:
+        """Nothing is offered any more, and what was made aside goes."""
+        if self._made:
+            self._made.clear()
+            self.count_state()
+        self._offered = []
+        self._tier.give(self._transient_bytes)
+        self._transient_bytes = 0
+
+    def _count_transient(self, values: Tensor, grad: Tensor) -> None:
+        """Counts what is only there for this update: values joined from their halves, a gradient in another dtype."""
+        kept = {self.chunk.shard.untyped_storage()._cdata}
+        kept |= {part.untyped_storage()._cdata for part in (self.gradient.shard,) if part is not None}
+        kept |= {self.master.part.untyped_storage()._cdata} if self.master is not None else set()
+        nbytes = sum(t.nbytes for t in (values, grad) if t.untyped_storage()._cdata not in kept)
+        self._tier.take(nbytes, f"the update of chunk {self.chunk.index}")
+        self._transient_bytes += nbytes
+
+    def count_state(self) -> None:
+        """Counts the optimizer's state on the tier where it lives, after it has been made or replaced."""
+        states = [value for segment in self.shard.segments for value in segment.state.values()]
+        nbytes = sum(value.nbytes for value in states if isinstance(value, Tensor) and value.dim())
+        self._tier.give(self._state_bytes)
+        self._state_bytes = 0
+        self._take(nbytes)
+
+    def forget_state(self) -> None:
+        """Drops the optimizer's state."""
+        if not self.is_new:
+            self.shard.segments.clear()
+            self.count_state()
+
+    def _take(self, nbytes: int) -> None:
+        self._tier.take(nbytes, f"the optimizer state of chunk {self.chunk.index}")
+        self._state_bytes += nbytes
+
+    def _seed(self, segment: Segment) -> int:
+        step = segment.state.get("step", 0)
+        return int(step) * len(self._store.chunks) + self.chunk.index

@@ -1,0 +1,124 @@
+"""Whether an update may be made: all ranks make it, all skip it, or all fail."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from lightning_gemini.core.ballot import Ballot
+from lightning_gemini.core.buffers import Buffers
+from lightning_gemini.core.chunk_gradient import ChunkGradient
+from lightning_gemini.core.errors import DisagreementError, GeminiError, NonFiniteError
+from lightning_gemini.core.gradients import Gradients, square_sum
+from lightning_gemini.core.store import Store
+from lightning_gemini.core.update_policy import UpdatePolicy
+
+
+class Verdict:
+    """Decides about each update, the same on all ranks.
+
+    Args:
+        store: the chunks.
+        gradients: theirs.
+        ballot: how the ranks agree.
+        buffers: the model's; those that have changed are brought to all ranks.
+        suspect: called when any rank has failed.
+        policy: what becomes of steps with gradients that are not finite.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        gradients: Gradients,
+        ballot: Ballot,
+        buffers: Buffers,
+        suspect: Callable[[], None],
+        policy: UpdatePolicy,
+    ) -> None:
+        self._store = store
+        self._gradients = gradients
+        self._ballot = ballot
+        self._buffers = buffers
+        self._suspect = suspect
+        self._scale = policy.loss_scale
+        self._nonfinite = policy.nonfinite
+        self._used: list[tuple[str, Tensor]] = []
+
+    def note_use(self, gradient: ChunkGradient) -> None:
+        """``gradient`` is about to be used within its backward: whether it was finite is found out at the step."""
+        self._used.append((gradient.chunk.names[0], square_sum(gradient).to(self._store.device.device)))
+
+    def may_update(self, chunks: list[ChunkGradient], inspect: Callable[[], None]) -> bool:
+        """Whether the update of ``chunks`` is to be made; if not, the step is skipped and their gradients are gone.
+
+        Args:
+            inspect: raises GeminiError if this rank cannot make the update.
+
+        Raises:
+            GeminiError: this rank cannot make it; nothing has changed.
+            DisagreementError: another rank cannot.
+            NonFiniteError: gradients are not finite, and that is not to be skipped.
+        """
+        failure: GeminiError | None = None
+        try:
+            inspect()
+        except GeminiError as error:
+            failure = error
+        used, self._used = self._used, []
+        flags = [failure is not None, *self._buffers.changed()]
+        sound, (failed, *changed) = self._ballot.settle(chunks, flags, [total for _, total in used])
+        if failed:
+            self._gradients.discard(chunks)  # they may be what was wrong
+            self._suspect()
+        if failure is not None:
+            raise failure
+        if failed:
+            raise DisagreementError("another rank could not take this step; no rank did, and the weights are unchanged")
+        if any(changed):
+            self._buffers.sync(changed)
+        if not sound and used:
+            raise NonFiniteError(
+                "a gradient is not finite, and with update='in_backward' it has been used already: weights and "
+                "optimizer states hold NaN. Go on from the last checkpoint, with update='at_step' if it happens again."
+            )
+        broken = None if sound else self._first_broken(chunks)
+        if broken is None:
+            if self._scale is not None:
+                self._scale.update(overflow=False)
+            return True
+        self._gradients.discard(chunks)
+        self._skip(broken)
+        return False
+
+    def _skip(self, name: str) -> None:
+        """Skips a step in which the gradient of ``name`` is not finite, or raises."""
+        self._store.counters.skipped += 1
+        if self._scale is not None:
+            if self._scale.at_minimum:
+                raise NonFiniteError(
+                    f"the gradient of {name} is not finite even with a loss scale of {self._scale.value}, the lowest "
+                    "there may be. The weights are unchanged. Training diverges, or the model leaves the range of fp16 "
+                    "by itself: a lower learning rate may help, or precision='bf16-mixed'."
+                )
+            self._scale.update(overflow=True)
+        elif self._nonfinite == "skip":
+            warnings.warn(f"the gradient of {name} is not finite: the step is skipped on all ranks", stacklevel=2)
+        else:
+            raise NonFiniteError(
+                f"the gradient of {name} is not finite (the first one, in the order of the model). No rank takes the "
+                "step, and the weights are unchanged. Lower the learning rate or clip gradients if training diverges; "
+                "GeminiPrecision(nonfinite='skip') skips such steps."
+            )
+
+    def _first_broken(self, chunks: Sequence[ChunkGradient]) -> str | None:
+        """The first parameter on any rank whose gradient is not finite; ``None`` if it is the sum of squares alone."""
+        broken = [
+            place.param
+            for gradient in chunks
+            for place, span in zip(gradient.chunk.spec.slots, gradient.spans, strict=True)
+            if gradient.shard is not None and not gradient.shard[span.start : span.stop].isfinite().all()
+        ]
+        every = [p for p in self._store.collectives.gather_objects(min(broken, default=None)) if p is not None]
+        return self._store.layout.params[min(every)].name if every else None
