@@ -221,7 +221,7 @@ void update_all(void* shard, void* master, const void* grad, void* const* states
 // The parts' sums are added in their order, whoever made them.
 template <class T>
 double square_sum(const T* values, index_t n, int threads) {
-    constexpr int lanes = 16;
+    constexpr int lanes = 32;
     std::vector<double> sums((n + part_size - 1) / part_size);
     share(n, threads, [&](index_t part, index_t begin, index_t end) {
         double lane[lanes] = {};

@@ -26,6 +26,7 @@ _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = (
     "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread",
 )  # fmt: skip
+_TUNING = (("-march=native",), ())  # for this processor, or, where the compiler does not know it, for any
 _COMPILERS = ("c++", "g++", "clang++")
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _VALUES = {
@@ -110,7 +111,8 @@ def _library(rule: str | None) -> ctypes.CDLL:
     """The library with the updates of ``rule``, from the cache or built."""
     compiler = _compiler()
     define = [] if rule is None else [f"-DRULE={rule}"]
-    key = _digest(_SOURCE.read_bytes(), repr((compiler, _FLAGS, define, _version(compiler), _processor())).encode())
+    command = repr((compiler, _FLAGS, _TUNING, define, _version(compiler), _processor()))
+    key = _digest(_SOURCE.read_bytes(), command.encode())
     try:
         folder = _cache()
         for path in _intact(folder, key):
@@ -151,8 +153,8 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _build(compiler: Sequence[str], define: Sequence[str], folder: Path) -> Path:
     path = folder / "built.so"
-    for tune in (["-march=native"], []):
-        command = [*compiler, *_FLAGS, *tune, *define, str(_SOURCE), "-o", str(path)]
+    for tuning in _TUNING:
+        command = [*compiler, *_FLAGS, *tuning, *define, str(_SOURCE), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode == 0:
             return path
