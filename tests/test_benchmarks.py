@@ -12,6 +12,8 @@ import pytest
 
 from benchmarks.estimate import difference, estimate, median, ratio
 from benchmarks.hooks import summarise as summarise_hooks
+from benchmarks.optimizer import COPY, REFERENCE
+from benchmarks.optimizer import summarise as summarise_optimizer
 from benchmarks.ranks import ENVIRONMENT
 from benchmarks.result import Result, Table
 from benchmarks.rounds import Series
@@ -65,6 +67,14 @@ def test_summaries() -> None:
     numbers = ddp["works"]["forward+backward"]
     assert numbers["median_us_per_unit"] == pytest.approx(4e4)
     assert numbers["us_per_unit_over_plain"]["median"] == pytest.approx(2e4)
+
+
+def test_summary_of_the_optimizer() -> None:
+    series = [Series(name, seconds, 0.0) for name, seconds in ((REFERENCE, (4.0, 8.0)), (COPY, (1.0, 2.0)))]
+    reference, copy = summarise_optimizer(series, {REFERENCE: 40, COPY: 28}, n=12)
+    assert (copy["ratio"]["median"], copy["bandwidth_to_copy"]["median"]) == (0.25, 1.0)
+    assert reference["bandwidth_to_copy"]["median"] == pytest.approx(40 / 28 / 4)
+    assert reference["parameters_per_second"] == 2.0
 
 
 def test_markdown() -> None:
@@ -135,15 +145,15 @@ def test_quick_run(tmp_path: Path) -> None:
     assert report["settings"]["quick"] is True
     assert report["machine"]["environment"] == ENVIRONMENT
     kinds = [(result["benchmark"], result["ranks"]) for result in report["results"]]
-    assert kinds == list(product(("step", "hooks", "memory"), (1, 2)))
+    assert kinds == [*product(("step", "hooks", "memory"), (1, 2)), ("optimizer", 1)]
     for result in report["results"]:
         names = [contender["name"] for contender in result["contenders"]]
-        assert "plain" in names
+        assert ("fused, casts" if result["benchmark"] == "optimizer" else "plain") in names
         assert result["threads"] >= 1
         for contender in result["contenders"]:
             _check(result["benchmark"], contender)
     text = (tmp_path / "benchmarks.md").read_text()
-    assert text.count("\n## ") == 8
+    assert text.count("\n## ") == 9
 
 
 def _check(benchmark: str, contender: dict) -> None:
@@ -155,6 +165,9 @@ def _check(benchmark: str, contender: dict) -> None:
     elif benchmark == "hooks":
         for numbers in contender["works"].values():
             assert numbers.keys() == {"seconds", "median_us_per_unit", "us_per_unit_over_plain", "loss"}
+    elif benchmark == "optimizer":
+        assert len(contender["seconds"]) == 2
+        assert contender["parameters_per_second"] * contender["median_seconds"] == pytest.approx(2**16)
     else:
         nbytes, traffic = contender["bytes_per_parameter"], contender["traffic"]
         assert nbytes["rest"] <= nbytes["loaded"] <= nbytes["peak"]

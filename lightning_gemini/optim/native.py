@@ -55,7 +55,16 @@ class NativeKernel:
         self._sums = _library(None)
 
     def update(self, rule: Rule, scalars: Sequence[float], operands: Operands) -> None:
-        """One step of ``rule``, in place."""
+        """One step of ``rule``, in place.
+
+        Raises:
+            ValueError: the operands are not in host memory or not as many as the rule's.
+        """
+        if operands.shard.device.type != "cpu" or len(operands.states) != len(rule.state_names):
+            raise ValueError(
+                f"{rule} has the states {rule.state_names} in host memory here, "
+                f"not {len(operands.states)} on {operands.shard.device}"
+            )
         if torch.float16 in (operands.shard.dtype, operands.grad.dtype):
             for start in range(0, operands.shard.numel(), _HALF_BLOCK):
                 self._update_half(rule, scalars, operands.block(start, start + _HALF_BLOCK))
@@ -116,14 +125,14 @@ def _library(rule: str | None) -> ctypes.CDLL:
     try:
         folder = _cache()
         for path in _intact(folder, key):
-            with suppress(UnavailableError):
-                return _load(path)
+            with suppress(OSError):
+                return ctypes.CDLL(str(path))
         with tempfile.TemporaryDirectory(dir=folder) as private:
             built = _build(compiler, define, Path(private))
             path = folder / f"{key}-{_digest(built.read_bytes())}.so"
             os.replace(built, path)  # whoever else builds the same puts an equally good file there
-        return _load(path)
-    except OSError:  # nothing can be kept; a loaded library needs its file no more
+        return ctypes.CDLL(str(path))
+    except OSError:  # nothing can be kept there; what is loaded needs its file no more
         with tempfile.TemporaryDirectory() as private:
             return _load(_build(compiler, define, Path(private)))
 

@@ -92,7 +92,6 @@ def _arguments(rule: Rule, scalars: Sequence[float], operands: Operands) -> tupl
     packed = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
     packed.view(torch.int32)[-1] = counter(operands.seed, operands.first)
     packed = packed.to(device, non_blocking=True)
-    torch._dynamo.mark_static(packed)
     tensors = operands.shard, operands.master, operands.grad, operands.states
     return rule, *tensors, packed, factor if of_device else None
 
