@@ -68,12 +68,11 @@ def test_two_ranks() -> None:
     expected_losses, expected, expected_state = train(None)
     for first, second in zip(*run_ranks(_train_all, 2), strict=True):
         mean = (torch.tensor(first[0]) + torch.tensor(second[0])) / 2
-        torch.testing.assert_close(mean, torch.tensor(expected_losses), rtol=1e-4, atol=0)
-        # an element whose momentum is nearly zero may go the other way, by lr each time
+        torch.testing.assert_close(mean, torch.tensor(expected_losses), rtol=1e-5, atol=0)
         for key, value in expected.items():
-            torch.testing.assert_close(first[1][key], value, rtol=0, atol=1e-3)
+            torch.testing.assert_close(first[1][key], value, rtol=0, atol=1e-4)
         for number, state in expected_state["state"].items():
-            torch.testing.assert_close(first[2]["state"][number], state, rtol=1e-2, atol=1e-4)
+            torch.testing.assert_close(first[2]["state"][number], state, rtol=1e-3, atol=1e-6)
 
 
 def test_the_estimate_is_the_gauss_newton_diagonal() -> None:
@@ -168,6 +167,5 @@ def test_in_lightning(strategy: str) -> None:
 def test_the_program_on_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     out = run(sys.executable, str(ROOT / "examples" / "sophia.py"), "--devices", "2")
     fit("auto", "32-true", max_epochs=3, callbacks=[sophia.Printer()])
-    numbers = [[float(line.split()[-1]) for line in losses(text)] for text in (out, capsys.readouterr().out)]
-    assert numbers[0] == pytest.approx(numbers[1], abs=1.1e-3), "to rounding, in the last digit"
-    assert numbers[0][2] < numbers[0][1] < numbers[0][0]
+    assert losses(out) == losses(capsys.readouterr().out)
+    assert len(losses(out)) == 3
