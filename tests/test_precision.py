@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,21 +107,30 @@ def test_small_steps_are_not_lost_in_masters() -> None:
     assert _moved(TRUE) < 0.5
 
 
-def test_bytes_per_parameter_are_as_designed() -> None:
-    """16 with an fp32 master and a gradient that waits for the step; 2 more while accumulating."""
+@pytest.mark.parametrize(("master", "expected"), [("split", 14), ("fp32", 16)])
+@pytest.mark.parametrize("rule", [True, False])
+def test_bytes_per_parameter_are_as_designed(master: Any, expected: int, rule: bool) -> None:
+    """With a gradient that waits for the step, as clipping needs; 2 more while accumulating."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
-    optimizer = torch.optim.AdamW(model.parameters())
-    engine = shard(model, [optimizer], policy=MIXED, home=Home.FULL)
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(16)))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=None if rule else False)
+    policy = DtypePolicy(torch.bfloat16, master=master, reduce=torch.float32)
+    engine = shard(model, [optimizer], policy=policy, home=Home.FULL)
+    device, numel = engine.store.device, engine.layout.nbytes // 2
+    chunk = max(spec.nbytes for spec in engine.layout.chunks)
     x = torch.randn(4, 64).bfloat16()
-    per_parameter = engine.layout.nbytes // 2
-    model(x).sum().backward()
-    assert engine.store.device.used == (2 + 4 + 2) * per_parameter
-    optimizer.step()
-    assert engine.store.device.peak - 16 * per_parameter < 64 * 16
+    for without_state in (8, 0):
+        model(x).sum().backward()
+        engine.clip_grad_norm(optimizer, 1e-3)
+        # but for the padding, of which there is no state
+        assert device.used == pytest.approx((expected - without_state) * numel, rel=1e-3)
+        optimizer.step()
+    assert f"{expected} bytes per trained parameter: 2 parameter, {expected - 12} master" in engine.memory_report()
+    # what only an update needs: nothing for a rule, an fp32 gradient and joined values for one chunk otherwise
+    assert device.peak - expected * numel <= (0 if rule else 4 * chunk)
     with engine.accumulate():
         model(x).sum().backward()
-    assert engine.store.device.used - 18 * per_parameter <= engine.layout.chunks[0].numel * 2
+    assert device.used - (expected + 2) * numel <= chunk
 
 
 def test_frozen_and_evaluated_weights_keep_their_bits() -> None:

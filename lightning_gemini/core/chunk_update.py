@@ -30,6 +30,9 @@ class ChunkUpdate:
         gradient: the chunk's.
         optimizer: the user's; the chunk is of its parameter group ``chunk.spec.kind.group``.
         policy: the dtypes.
+
+    Attributes:
+        state_bytes: what the optimizer's state of this rank's part takes.
     """
 
     def __init__(self, store: Store, gradient: ChunkGradient, optimizer: Optimizer, policy: DtypePolicy) -> None:
@@ -39,7 +42,7 @@ class ChunkUpdate:
         self._store = store
         self._policy = policy
         self._tier = store.tier_of(self.chunk)
-        self._state_bytes = 0
+        self.state_bytes = 0
         self._origin = store.collectives.rank * self.chunk.shard.numel()
         self._made: dict[Segment, tuple[Tensor, ...]] = {}
         self._transient_bytes = 0
@@ -165,8 +168,8 @@ class ChunkUpdate:
         """Counts the optimizer's state on the tier where it lives, after it has been made or replaced."""
         states = [value for segment in self.shard.segments for value in segment.state.values()]
         nbytes = sum(value.nbytes for value in states if isinstance(value, Tensor) and value.dim())
-        self._tier.give(self._state_bytes)
-        self._state_bytes = 0
+        self._tier.give(self.state_bytes)
+        self.state_bytes = 0
         self._take(nbytes)
 
     def forget_state(self) -> None:
@@ -177,7 +180,7 @@ class ChunkUpdate:
 
     def _take(self, nbytes: int) -> None:
         self._tier.take(nbytes, f"the optimizer state of chunk {self.chunk.index}")
-        self._state_bytes += nbytes
+        self.state_bytes += nbytes
 
     def _seed(self, segment: Segment) -> int:
         step = segment.state.get("step", 0)

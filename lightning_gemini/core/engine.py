@@ -164,7 +164,7 @@ class Engine:
         self._step.reset()
         self._gradients.reset()
         self._schedule.reset()
-        self.optimizers.restore()
+        self.optimizers.abort()
 
     def tear(self) -> None:
         """Says that chunks that are kept whole do not hold the weights on all of their parts any more."""
@@ -278,7 +278,8 @@ class Engine:
 
     def memory_report(self) -> str:
         """This rank's bytes per tier, now and at the peak, and what has been moved."""
-        return memory_report(self.store, self.moving)
+        updates = (update for chunks in self.optimizers for update in chunks.updates)
+        return memory_report(self.store, self.moving, updates, waiting=self._gradients.consume is None)
 
     def release(self, keep_weights: bool = True) -> bool:
         """Makes the model an ordinary module again, and the optimizers ordinary ones without state.

@@ -100,10 +100,10 @@ class Optimizers:
         """See :func:`optimizer_state.load_state_dict`."""
         optimizer_state.load_state_dict(self._of(optimizer), self._store, self._index_of, state)
 
-    def restore(self) -> None:
-        """After a failure: their groups hold the model's parameters again."""
+    def abort(self) -> None:
+        """After a failure: their groups hold the model's parameters again, and no update is under way."""
         for chunks in self._known:
-            chunks.restore()
+            chunks.abort()
 
     def remove(self) -> None:
         """Makes them ordinary ones again, without state."""

@@ -38,7 +38,8 @@ class Schedule:
         if chunk.index in self._expired:
             raise StateError(
                 f"{reason} needs {chunk.names[0]} in a backward that has updated it already, because all of its "
-                "gradients were in (is it used detached, too?). Use update='at_step' instead of 'in_backward'."
+                "gradients seemed to be in (is it used detached, or by several reentrant checkpoints?). Use "
+                "update='at_step' instead of 'in_backward'."
             )
         self._idle.pop(chunk.index, None)
         if not chunk.resident:

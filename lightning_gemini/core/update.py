@@ -69,6 +69,7 @@ class OptimizerOnChunks:
         self._last: ChunkUpdate | None = None  # left to the user's call
         self._stepping = False
         self._call: FrameType | None = None  # the call of ``step`` under way
+        self._unchanged: list[dict[str, Any]] | None = None  # the groups, if the step under way is skipped
         self._refreshing: list[Pending] = []
         self._done_early: set[ChunkUpdate] = set()  # before their step
         self._n_groups = len(optimizer.param_groups)
@@ -124,6 +125,11 @@ class OptimizerOnChunks:
             handle.remove()
         self.optimizer.__dict__.pop("zero_grad", None)
 
+    def abort(self) -> None:
+        """Forgets the step or the backward under way."""
+        self.restore()
+        self._done_early.clear()
+
     def restore(self) -> None:
         """Puts the model's parameters back into the groups, after a step that ended in an exception too."""
         for group, params in zip(self.optimizer.param_groups, self._params, strict=False):
@@ -147,6 +153,7 @@ class OptimizerOnChunks:
                 f"{len(self.optimizer.param_groups)} now. Add all groups in configure_optimizers."
             )
         may_update = self._may_update(self.gradients)
+        self._unchanged = None if may_update else [dict(group) for group in self.optimizer.param_groups]
         self._call = sys._getframe(1)
         self._exchange_params()
         try:
@@ -166,6 +173,8 @@ class OptimizerOnChunks:
         self._stepping = False
         self._done_early.clear()
         self.restore()
+        if self._unchanged is not None:
+            self._set_groups(self._unchanged)
         self._gradients.discard(self.gradients)
 
     def _exchange_params(self) -> None:
@@ -205,10 +214,13 @@ class OptimizerOnChunks:
         settings = [dict(group) for group in self.optimizer.param_groups]
         self._offer(update)
         unhooked_step(self.optimizer)(self.optimizer, *args[1:], **kwargs)
+        self._set_groups(settings)
+        update.take_back()
+
+    def _set_groups(self, settings: Sequence[Mapping[str, Any]]) -> None:
         for group, before in zip(self.optimizer.param_groups, settings, strict=True):
             group.clear()
             group.update(before)
-        update.take_back()
 
     def _offer(self, update: ChunkUpdate | None) -> None:
         params = update.offer() if update is not None else []
