@@ -48,6 +48,8 @@ class GeminiPrecision(Precision):
         state_dtype: "fp32", or "bf16" for optimizer states of half the size, rounded stochastically.
         nonfinite: What a step does whose gradients are NaN or infinite, on all ranks: "raise" names the first
             parameter and ends the run, "skip" warns and goes on. In 16-mixed such steps are always skipped.
+        buffer_dtype: What floating-point buffers are cast to: "fp32", "bf16" or "fp16"; by default they keep their
+            dtype, except in bf16-true, where they are bf16.
         autocast: Run the forward under torch.autocast as well, as Lightning's DDP and FSDP do: norms, softmax and
             losses are then computed in fp32, at the price of casting what goes into them.
         initial_scale: The first loss scale of 16-mixed.
@@ -67,6 +69,7 @@ class GeminiPrecision(Precision):
         reduce_dtype: Dtype | None = None,
         state_dtype: Literal["fp32", "bf16"] = "fp32",
         nonfinite: Literal["raise", "skip"] = "raise",
+        buffer_dtype: Dtype | None = None,
         autocast: bool = False,
         initial_scale: float = 2.0**16,
         growth_factor: float = 2.0,
@@ -98,6 +101,8 @@ class GeminiPrecision(Precision):
         self.loss_scale = scale if precision == "16-mixed" else None
         self.nonfinite = nonfinite
         self.update_policy("at_step")  # raises if there is something wrong with it
+        buffers = "bf16" if precision == "bf16-true" and buffer_dtype is None else buffer_dtype
+        self._buffer_dtype = None if buffers is None else _dtype("buffer_dtype", buffers)
         self._autocast = autocast
         self.engine: Engine | None = None
 
@@ -126,11 +131,11 @@ class GeminiPrecision(Precision):
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         # parameters get their dtype in the chunks
-        if self.precision == "bf16-true":
+        if self._buffer_dtype is not None:
             for owner in module.modules():
                 for key, buffer in owner._buffers.items():
                     if buffer is not None and buffer.is_floating_point():
-                        owner._buffers[key] = buffer.to(torch.bfloat16)
+                        owner._buffers[key] = buffer.to(self._buffer_dtype)
         return module
 
     @override
@@ -189,6 +194,15 @@ class GeminiPrecision(Precision):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.loss_scale is not None and state_dict:
             self.loss_scale.load_state_dict(state_dict)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.loss_scale is not None:  # where Lightning's own plugin for 16-mixed looks for it
+            checkpoint[MixedPrecision.__qualname__] = self.state_dict()
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.load_state_dict(checkpoint.get(MixedPrecision.__qualname__, {}))
 
     def _live_engine(self) -> Engine:
         if self.engine is None:

@@ -42,7 +42,7 @@ class ChunkGradient:
         shard: the reduced mean of this rank's part, summed over the backwards since the last step; ``None`` before the
             first. In the compute dtype after one backward, in fp32 while accumulating. Still to be scaled.
         loss_scale: what the loss was multiplied with.
-        clip: an fp32 scalar on the device, or ``None``.
+        clip: an fp32 scalar where the shard is, or ``None``.
         limit: the largest absolute value of a scaled element.
         square_sum: of the shard as it is, if it is known: a scalar where the shard is.
         used: for each slot, whether a gradient has come since the last step (on any rank, once the ranks have agreed).
@@ -121,8 +121,7 @@ class ChunkGradient:
         part = self.shard[start:stop]
         if self.clip is None and self.loss_scale == 1 and self.limit == math.inf:
             return part
-        factor = self.factor if self.clip is None else self.clip.to(part.device) / self.loss_scale
-        part = part.to(torch.promote_types(part.dtype, torch.float32)) * factor
+        part = part.to(torch.promote_types(part.dtype, torch.float32)) * self.factor
         return part if self.limit == math.inf else part.clamp_(-self.limit, self.limit)
 
     def scale(self) -> None:
@@ -136,7 +135,7 @@ class ChunkGradient:
         self.loss_scale, self.clip, self.limit, self.square_sum = 1.0, None, math.inf, None
 
     def clip_by(self, factor: Tensor) -> None:
-        """Scales the gradient by ``factor`` (an fp32 scalar on the device)."""
+        """Scales the gradient by ``factor`` (an fp32 scalar where the shard is)."""
         if self.limit < math.inf:
             self.scale()
         self.clip = factor if self.clip is None else self.clip * factor

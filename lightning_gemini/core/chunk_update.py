@@ -112,7 +112,7 @@ class ChunkUpdate:
                 shard=self.chunk.shard[start:stop],
                 master=None if self.master is None else self.master.part[start:stop],
                 grad=grad[start:stop],
-                factor=factor.to(grad.device) if isinstance(factor, Tensor) else factor,
+                factor=factor,
                 limit=self.gradient.limit,
                 states=[segment.state[name] for name in rule.state_names],
                 seed=self._seed(segment),

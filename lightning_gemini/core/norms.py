@@ -60,8 +60,11 @@ class Norms:
         """
         norm = self.total(gradients, norm_type)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.clip_by(factor)
+        shards = [(gradient, gradient.shard) for gradient in gradients if gradient.shard is not None]
+        # once for each tier, not for each chunk: what goes to the host has to be waited for
+        factors = {device: factor.to(device) for device in {shard.device for _, shard in shards}}
+        for gradient, shard in shards:
+            gradient.clip_by(factors[shard.device])
         return norm
 
     def clamp(self, gradients: Sequence[ChunkGradient], limit: float) -> None:
@@ -74,8 +77,8 @@ class Norms:
 def _chunk_norm(gradient: ChunkGradient, norm_type: float, device: torch.device) -> Tensor:
     if norm_type != 2 or gradient.limit < math.inf:
         return _norm(gradient.scaled(), norm_type, device)
-    root = square_sum(gradient).sqrt().to(device, torch.float32)
-    return root * gradient.factor
+    norm = square_sum(gradient).sqrt() * gradient.factor
+    return norm.to(device, torch.float32)
 
 
 def _norm(part: Tensor, norm_type: float, device: torch.device) -> Tensor:
