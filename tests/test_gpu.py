@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lightning_gemini import GeminiStrategy
+from lightning_gemini import GeminiPrecision, GeminiStrategy
 from lightning_gemini.core import Home, shard
+from lightning_gemini.optim.adam import Adam
+from lightning_gemini.optim.kernel import Kernel, kernel_for
+from lightning_gemini.optim.operands import Operands
+from lightning_gemini.optim.tensor_kernel import TensorKernel
 from tests import cases
 from tests.lightning_cases import Module, loader, trainer
 
@@ -48,17 +54,90 @@ def test_equal_to_plain(name: str, home: Home) -> None:
         torch.testing.assert_close(params[key], value, rtol=2e-3, atol=5e-4)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_a_trainer_fits_and_leaves_nothing(placement: str, precision: str) -> None:
     before = _allocated()
     module = Module("opt")
-    first = trainer(GeminiStrategy(placement=placement), accelerator="cuda", devices=1, precision=precision)
+    strategy = GeminiStrategy(placement=placement)
+    first = trainer(strategy, accelerator="cuda", devices=1, precision=precision, gradient_clip_val=1.0)
     first.fit(module, loader("opt"), loader("opt"))
+    assert isinstance(first.precision_plugin, GeminiPrecision)
     assert module.losses[-1] < module.losses[0]
     assert all(p.device.type == "cpu" and p.isfinite().all() for p in module.parameters())
     del first
     assert _allocated() <= before + 2**20  # cuBLAS keeps a workspace
+
+
+_SCALARS = Adam().scalars(
+    {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled_weight_decay": True}, {}
+)
+
+
+def _operands(kind: str, numel: int, clip: float) -> Operands:
+    """Of a parameter in bf16, or in fp16 for ``"half"``, with a master of some kind, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    master, grad, first, second = (torch.randn(numel, generator=generator) for _ in range(4))
+    dtype = torch.float16 if kind == "half" else torch.bfloat16
+    low = torch.zeros(numel, dtype=torch.int16)
+    return Operands(
+        shard=master.to(dtype),
+        master={"split": low, "none": None}.get(kind, master),
+        grad=grad.to(dtype),
+        states=[first, second.square()],
+        factor=torch.tensor(clip),
+        seed=7,
+    )
+
+
+def _on_device(operands: Operands) -> Operands:
+    cuda: list[Tensor] = [state.cuda() for state in operands.states]
+    master, factor = operands.master, operands.factor
+    assert isinstance(factor, Tensor)
+    return replace(
+        operands,
+        shard=operands.shard.cuda(),
+        master=None if master is None else master.cuda(),
+        grad=operands.grad.cuda(),
+        states=cuda,
+        factor=factor.cuda(),
+    )
+
+
+@pytest.mark.parametrize("kernel", [kernel_for(torch.device("cuda")), TensorKernel(False)], ids=["compiled", "eager"])
+@pytest.mark.parametrize("kind", ["split", "fp32", "half", "none"])
+def test_an_update_is_that_of_the_cpu_to_rounding(kind: str, kernel: Kernel) -> None:
+    for numel in (1, 1000, 2**20 + 64):
+        here = _operands(kind, numel, 0.5)
+        there = _on_device(here)
+        TensorKernel(False).update(Adam(), _SCALARS, here)
+        kernel.update(Adam(), _SCALARS, there)
+        for mine, theirs in zip(here.states, there.states, strict=True):
+            torch.testing.assert_close(theirs.cpu(), mine, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(there.shard.cpu().float(), here.shard.float(), rtol=2**-7, atol=1e-6)
+
+
+def test_split_and_whole_masters_are_the_same_bits() -> None:
+    kernel = kernel_for(torch.device("cuda"))
+    split, whole = (_on_device(_operands(kind, 4096, 0.5)) for kind in ("split", "fp32"))
+    whole = replace(whole, master=whole.shard.float())
+    for _ in range(20):
+        for operands in (split, whole):
+            kernel.update(Adam(), _SCALARS, operands)
+    assert torch.equal(split.shard, whole.shard)
+
+
+def test_an_update_waits_for_nothing() -> None:
+    kernel, operands = kernel_for(torch.device("cuda")), _on_device(_operands("split", 4096, 0.5))
+    kernel.update(Adam(), _SCALARS, operands)  # compiles
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel.update(Adam(), _SCALARS, operands)
+        kernel.square_sum(operands.grad)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _allocated() -> int:
