@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_gemini.core.blocks import bits, in_blocks, init_state
 from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.masters import Master
@@ -47,6 +48,9 @@ class ChunkUpdate:
         self._made: dict[Segment, tuple[Tensor, ...]] = {}
         self._transient_bytes = 0
         self._offered: list[tuple[Segment, nn.Parameter]] = []
+        params = self.chunk.params
+        group = self.chunk.spec.kind.group or 0
+        self._bits = bits(optimizer, group, params) if in_blocks(optimizer) else [0] * len(params)
 
     @cached_property
     def master(self) -> Master | None:
@@ -56,7 +60,7 @@ class ChunkUpdate:
     @cached_property
     def shard(self) -> SegmentedShard:
         """The shard, cut into segments."""
-        return SegmentedShard(self.gradient.spans, self.chunk.shard.device)
+        return SegmentedShard(self.gradient.spans, self.chunk.shard.device, self._bits)
 
     @property
     def is_new(self) -> bool:
@@ -132,6 +136,9 @@ class ChunkUpdate:
             self._count_transient(values, grad)
             if segment.state:
                 self.optimizer.state[flat] = segment.state
+            elif segment.bits:
+                group = self.optimizer.param_groups[self.chunk.spec.kind.group or 0]
+                init_state(self.optimizer, group, flat, segment.bits)
             self._offered.append((segment, flat))
         return [flat for _, flat in self._offered]
 
@@ -151,6 +158,8 @@ class ChunkUpdate:
         if self._made:
             self._made.clear()
             self.count_state()
+        for _, flat in self._offered:  # of a step that failed
+            self.optimizer.state.pop(flat, None)
         self._offered = []
         self._tier.give(self._transient_bytes)
         self._transient_bytes = 0
@@ -167,10 +176,11 @@ class ChunkUpdate:
     def count_state(self) -> None:
         """Counts the optimizer's state on the tier where it lives, after it has been made or replaced."""
         states = [value for segment in self.shard.segments for value in segment.state.values()]
-        nbytes = sum(value.nbytes for value in states if isinstance(value, Tensor) and value.dim())
+        tensors = (value for value in states if isinstance(value, Tensor) and value.dim())
+        nbytes = {value.data_ptr(): value.nbytes for value in tensors}  # what segments share counts once
         self._tier.give(self.state_bytes)
         self.state_bytes = 0
-        self._take(nbytes)
+        self._take(sum(nbytes.values()))
 
     def forget_state(self) -> None:
         """Drops the optimizer's state."""

@@ -18,7 +18,7 @@ import torch
 from lightning_gemini.core.errors import ConfigurationError
 
 #: Every parameter and every shard starts at a multiple of this many elements: 128 bytes in bf16, what vector
-#: instructions and cuBLAS want at the least.
+#: instructions and cuBLAS want at the least. States in blocks ask for more.
 ALIGNMENT = 64
 
 _TAG_BYTES = 4

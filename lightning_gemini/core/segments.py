@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gemini.core.blocks import entries, grain, is_code_book, zero_code
+
 State = dict[str, Any]
 
 
@@ -18,18 +20,21 @@ class Segment:
     """A run of parameters of one chunk that have had gradients at the same steps, as far as this rank owns them.
 
     torch leaves a parameter without a gradient alone (no decay, no momentum, no step count), so parameters share
-    optimizer state only as long as they get gradients together. At first a chunk's shard is one segment.
+    optimizer state only as long as they get gradients together. At first a chunk's shard is one segment, or one for
+    each run of parameters with as many ``bits``.
 
     Attributes:
         start, stop: the part of the shard, in elements from its beginning.
         slots: the slots of the chunk that lie in it, wholly or in part.
         state: the optimizer's state of it.
+        bits: of its states, where the optimizer has to be told (see ``blocks``); else 0.
     """
 
     start: int
     stop: int
     slots: tuple[int, ...]
     state: State = field(default_factory=dict)
+    bits: int = 0
 
     @property
     def numel(self) -> int:
@@ -42,13 +47,15 @@ class SegmentedShard:
     Args:
         spans: for each slot the part of the shard that holds it, empty where another rank does.
         device: where the shard is.
+        bits: for each slot, those of its states; no segment has slots with different ones.
     """
 
-    def __init__(self, spans: Sequence[range], device: torch.device) -> None:
+    def __init__(self, spans: Sequence[range], device: torch.device, bits: Sequence[int]) -> None:
         self._spans = spans
         self._device = device
+        self._bits = bits
         mine = [slot for slot, span in enumerate(spans) if len(span)]
-        self.segments: list[Segment] = [self._segment(mine)] if mine else []
+        self.segments = [self._segment(list(run)) for _, run in groupby(mine, key=lambda slot: bits[slot])]
 
     def select(self, used: Sequence[bool]) -> list[Segment]:
         """The segments whose parameters are ``used`` (by slot); those that are so in part are split first."""
@@ -69,30 +76,44 @@ class SegmentedShard:
     def load(self, states: Mapping[int, State]) -> None:
         """Replaces the optimizer state by what ``states`` holds for each slot.
 
-        Element-wise tensors must be 1-d and as long as the slot's span; everything else is taken as it is.
+        Element-wise tensors must be 1-d and as long as the slot's span, those for blocks likewise; everything else is
+        taken as it is.
         """
         pieces = {slot: states.get(slot, {}) for slot, span in enumerate(self._spans) if len(span)}
         self.segments = []
-        for _, run in groupby(pieces, key=lambda slot: _history(pieces[slot], len(self._spans[slot]))):
+
+        def history(slot: int) -> tuple[Any, ...]:
+            return self._bits[slot], _history(pieces[slot], len(self._spans[slot]))
+
+        for _, run in groupby(pieces, key=history):
             segment = self._segment(list(run))
             first = segment.slots[0]
             for key, sample in pieces[first].items():
-                if is_elementwise(sample, len(self._spans[first])):
-                    segment.state[key] = self._join(segment, {slot: pieces[slot][key] for slot in segment.slots})
+                if size := grain(key, sample, len(self._spans[first])):
+                    parts = {slot: pieces[slot][key] for slot in segment.slots}
+                    segment.state[key] = self._join(segment, parts, size, zero_code(key, pieces[first]))
+                elif is_code_book(key):
+                    segment.state[key] = self._code_book(sample)
                 else:
                     segment.state[key] = sample.clone() if isinstance(sample, Tensor) else sample
             self.segments.append(segment)
 
-    def _join(self, segment: Segment, parts: Mapping[int, Tensor]) -> Tensor:
-        dtype = parts[segment.slots[0]].dtype
-        whole = torch.zeros(segment.numel, dtype=dtype, device=self._device)
+    def _join(self, segment: Segment, parts: Mapping[int, Tensor], size: int, zero: int) -> Tensor:
+        like = parts[segment.slots[0]]
+        whole = like.new_full((*like.shape[:-1], -(-segment.numel // size)), zero, device=self._device)
         for slot, part in parts.items():
             span = self._spans[slot]
-            whole[span.start - segment.start : span.stop - segment.start] = part
+            whole[..., entries(span.start - segment.start, span.stop - segment.start, size)] = part
         return whole
 
+    def _code_book(self, sample: Tensor) -> Tensor:
+        """``sample``, which checkpoints hold once for each parameter, once for all segments."""
+        known = (value for segment in self.segments for key, value in segment.state.items() if is_code_book(key))
+        return next((value for value in known if torch.equal(value.cpu(), sample.cpu())), sample.to(self._device))
+
     def _segment(self, slots: Sequence[int]) -> Segment:
-        return Segment(self._spans[slots[0]].start, self._spans[slots[-1]].stop, tuple(slots))
+        first, last = slots[0], slots[-1]
+        return Segment(self._spans[first].start, self._spans[last].stop, tuple(slots), bits=self._bits[first])
 
     def _part(self, segment: Segment, slots: Sequence[int]) -> Segment:
         part = self._segment(slots)
@@ -103,25 +124,20 @@ class SegmentedShard:
 def _cut(segment: Segment, start: int, stop: int) -> State:
     low, high = start - segment.start, stop - segment.start
 
-    def cut(value: Any) -> Any:
-        if is_elementwise(value, segment.numel):
-            return value[low:high]
-        return value.clone() if isinstance(value, Tensor) else value
+    def cut(key: str, value: Any) -> Any:
+        if size := grain(key, value, segment.numel):
+            return value[..., entries(low, high, size)].contiguous()
+        return value.clone() if isinstance(value, Tensor) and not is_code_book(key) else value
 
-    return {key: cut(value) for key, value in segment.state.items()}
-
-
-def is_elementwise(value: Any, numel: int) -> bool:
-    """Whether an optimizer's state value has one element for each of ``numel`` elements (flat)."""
-    return isinstance(value, Tensor) and value.dim() == 1 and value.numel() == numel
+    return {key: cut(key, value) for key, value in segment.state.items()}
 
 
 def _history(state: State, numel: int) -> tuple[Any, ...]:
-    """Equal for two parameters if their states differ in nothing but element-wise tensors."""
-    return tuple(
-        (
-            key,
-            None if is_elementwise(value, numel) else value.tolist() if isinstance(value, Tensor) else value,
-        )
-        for key, value in sorted(state.items())
-    )
+    """Equal for two parameters if their states differ in nothing but what each element or block has of its own."""
+
+    def common(key: str, value: Any) -> Any:
+        if grain(key, value, numel):
+            return value.dtype
+        return value.tolist() if isinstance(value, Tensor) else value
+
+    return tuple((key, common(key, value)) for key, value in sorted(state.items()))

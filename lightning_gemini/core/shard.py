@@ -12,13 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gemini.core import construct
+from lightning_gemini.core.blocks import BLOCK, in_blocks, require_contiguous, state_bytes
 from lightning_gemini.core.chunk import Home
 from lightning_gemini.core.collectives import Collectives
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.elementwise import require_elementwise
 from lightning_gemini.core.engine import Engine
 from lightning_gemini.core.errors import ConfigurationError, DisagreementError
-from lightning_gemini.core.layout import ChunkSpec, Layout, ParamSpec, plan_layout
+from lightning_gemini.core.layout import ALIGNMENT, ChunkSpec, Layout, ParamSpec, plan_layout
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.schedule import choose_homes
 from lightning_gemini.core.store import Store
@@ -91,8 +92,11 @@ def shard(
         Tier("host", torch.device("cpu"), min((h for _, h in limits if h is not None), default=None)),
     )
     dtypes = [param.dtype for param in params]
+    blocks: dict[int | None, float] = {
+        number: state_bytes(optimizer) for number, optimizer in enumerate(optimizers) if in_blocks(optimizer)
+    }
     layout, homes, masters = _plan(
-        specs, collectives.world_size, chunk_size, tiers[0], placement, home, dtypes, policy, update
+        specs, collectives.world_size, chunk_size, tiers[0], placement, home, dtypes, policy, update, blocks
     )
     _require_agreement(layout, collectives)
     missing = {*unbuilt, *construct.leave_meta(model, device)}
@@ -115,6 +119,8 @@ def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy
     """Raises ConfigurationError if ``optimizer`` cannot work on chunks under ``policy``."""
     if all(recognise(optimizer, group) is not None for group in optimizer.param_groups):
         return
+    if in_blocks(optimizer):
+        require_contiguous(optimizer, name)
     require_elementwise(optimizer, name, device)
     if policy.state != torch.float32:
         raise ConfigurationError(
@@ -189,18 +195,24 @@ def _plan(
     dtypes: Sequence[torch.dtype],
     policy: DtypePolicy,
     update: UpdatePolicy,
+    blocks: Mapping[int | None, float],
 ) -> tuple[Layout, list[Home], set[int]]:
-    """The layout, where its chunks live, and which have masters; smaller chunks where they have to move."""
-    layout = plan_layout(specs, world_size, chunk_size)
+    """The layout, where its chunks live, and which have masters; smaller chunks where they have to move.
+
+    Args:
+        blocks: the optimizers that keep states for blocks of elements, with the bytes of each element's.
+    """
+    alignment = BLOCK if blocks else ALIGNMENT
+    layout = plan_layout(specs, world_size, chunk_size, alignment)
     for limit in (None, tier.capacity):
         if limit is not None:
             # about ten chunks are in use, idle, or hold gradients at one time
             limit = limit // (_CHUNKS_AT_ONCE * max(spec.dtype.itemsize for spec in specs))
-            layout = plan_layout(specs, world_size, chunk_size, limit=limit)
+            layout = plan_layout(specs, world_size, chunk_size, alignment, limit)
         masters = _masters(layout, dtypes, policy)
         if home is not None:
             return layout, [home] * len(layout.chunks), masters
-        homes = choose_homes(layout, tier, placement, _update_bytes(layout, policy, update))
+        homes = choose_homes(layout, tier, placement, _update_bytes(layout, policy, update, blocks))
         if homes[0] is Home.FULL:
             break
     return layout, homes, masters
@@ -244,7 +256,7 @@ def _trained(chunk: ChunkSpec) -> bool:
     return chunk.kind.trainable and chunk.kind.updated
 
 
-def _update_bytes(layout: Layout, policy: DtypePolicy, update: UpdatePolicy) -> int:
+def _update_bytes(layout: Layout, policy: DtypePolicy, update: UpdatePolicy, blocks: Mapping[int | None, float]) -> int:
     """Bytes of gradients, masters and optimizer states on one rank, and of the buffers that reductions go through."""
     total, buffers = 0, []
     for chunk in layout.chunks:
@@ -252,8 +264,8 @@ def _update_bytes(layout: Layout, policy: DtypePolicy, update: UpdatePolicy) -> 
             dtype = chunk.kind.dtype
             waiting = dtype.itemsize if update.when == "at_step" else 0
             # exp_avg and exp_avg_sq: what most people's optimizer keeps; the real size shows after the first step
-            per_element = waiting + policy.master_bytes(dtype) + 2 * policy.state.itemsize
-            total += chunk.numel // layout.world_size * per_element
+            states = blocks.get(chunk.kind.optimizer, 2 * policy.state.itemsize)
+            total += int(chunk.numel // layout.world_size * (waiting + policy.master_bytes(dtype) + states))
             buffers.append(chunk.numel * policy.reduce_dtype(dtype).itemsize)
     if layout.world_size > 1:
         # whole gradients that fill or are under way, each with its result and space for what others send

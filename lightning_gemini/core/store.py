@@ -152,11 +152,16 @@ class Store:
             place.copy_(flat) if master is None else round_to_compute(flat, place)
         self.put(chunk, mine.start, self.own_part(index, slot, flat))
 
-    def own_part(self, index: int, slot: Slot, flat: Tensor) -> Tensor:
-        """What this rank owns of a whole parameter; ``flat`` holds all of it, in the order of its memory."""
+    def own_range(self, index: int, slot: Slot) -> range:
+        """Which elements of a whole parameter this rank owns, in the order of its memory."""
         mine = self.owned(index, slot.offset, slot.end)
         first = self.collectives.rank * self.layout.shard_numel(index) + mine.start - slot.offset
-        return flat[first : first + len(mine)]
+        return range(first, first + len(mine))
+
+    def own_part(self, index: int, slot: Slot, flat: Tensor) -> Tensor:
+        """What this rank owns of a whole parameter; ``flat`` holds all of it, in the order of its memory."""
+        mine = self.own_range(index, slot)
+        return flat[mine.start : mine.stop]
 
     def copy_own(self, index: int, slot: Slot, flat: Tensor, shard: Tensor) -> None:
         """Copies :meth:`own_part` to its place in ``shard``, which is sharded like chunk number ``index``."""
@@ -197,12 +202,12 @@ class Store:
         """Gathers something that is sharded like chunk number ``index``, such as an optimizer state.
 
         Args:
-            shard: ``layout.shard_numel(index)`` elements of any dtype.
+            shard: 1-d, of any dtype: ``layout.shard_numel(index)`` elements, or one for each block of them.
 
         Returns:
             a new flat tensor on the device; all ranks take part.
         """
-        numel = self.layout.chunks[index].numel
+        numel = self.layout.chunks[index].numel * len(shard) // self.layout.shard_numel(index)
         with torch.inference_mode(False):
             full = torch.empty(numel, dtype=shard.dtype, device=self.device.device)
         self.collectives.shard_of(full).copy_(shard)
