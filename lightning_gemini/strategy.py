@@ -117,6 +117,7 @@ class GeminiStrategy(RankStrategy):
         self._check = check
         self._engine: Engine | None = None
         self._unbuilt: set[nn.Parameter] = set()
+        self._exact: dict[nn.Parameter, Tensor] = {}  # of a checkpoint, until there are chunks
         self._failed = False
 
     @property
@@ -199,7 +200,7 @@ class GeminiStrategy(RankStrategy):
             return_to_meta(self.model, unbuilt)  # so that it can be tried again
             raise
         finally:
-            self._unbuilt = set()
+            self._unbuilt, self._exact = set(), {}
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.precision_plugin.engine = self._engine
         for wrapper, chunks in zip(self._lightning_optimizers, self._engine.optimizers, strict=True):
@@ -224,6 +225,7 @@ class GeminiStrategy(RankStrategy):
             policy=self.precision_plugin.policy,
             update=self.precision_plugin.update_policy(self._update),
             unbuilt=unbuilt,
+            exact=self._exact,
             check=self._check,
         )
 
@@ -356,7 +358,7 @@ class GeminiStrategy(RankStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        with self.engine.summon(rank0_only=True):
+        with self.engine.summon(rank0_only=True, exact=True):
             return self.lightning_module.state_dict() if self.is_global_zero else {}
 
     @override
@@ -369,10 +371,10 @@ class GeminiStrategy(RankStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         if self._engine is not None:
-            with self._engine.summon(writeback=True):
+            with self._engine.summon(writeback=True, exact=True):
                 self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
             return
-        self._unbuilt = load_on_meta(self.lightning_module, checkpoint["state_dict"], strict)
+        self._unbuilt, self._exact = load_on_meta(self.lightning_module, checkpoint["state_dict"], strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

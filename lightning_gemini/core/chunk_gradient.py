@@ -43,7 +43,7 @@ class ChunkGradient:
             first. In the compute dtype after one backward, in fp32 while accumulating. Still to be scaled.
         loss_scale: what the loss was multiplied with.
         clip: an fp32 scalar where the shard is, or ``None``.
-        limit: the largest absolute value of a scaled element.
+        limit: the largest absolute value of a scaled element; a number, or an fp32 scalar where the shard is.
         square_sum: of the shard as it is, if it is known: a scalar where the shard is.
         used: for each slot, whether a gradient has come since the last step (on any rank, once the ranks have agreed).
     """
@@ -54,7 +54,7 @@ class ChunkGradient:
         self.shard: Tensor | None = None
         self.loss_scale = 1.0
         self.clip: Tensor | None = None
-        self.limit = math.inf
+        self.limit: float | Tensor = math.inf
         self.square_sum: Tensor | None = None
         self.used = [False] * len(chunk.params)
         self.state = GradientState.EMPTY
@@ -115,14 +115,22 @@ class ChunkGradient:
         """What the shard has to be multiplied with."""
         return 1 / self.loss_scale if self.clip is None else self.clip / self.loss_scale
 
+    @property
+    def clamped(self) -> bool:
+        """Whether there is a limit."""
+        return isinstance(self.limit, Tensor) or self.limit < math.inf
+
     def scaled(self, start: int = 0, stop: int | None = None) -> Tensor:
         """``start:stop`` of the shard with everything done to it that is to be done; at least fp32 if there is any."""
         assert self.shard is not None
         part = self.shard[start:stop]
-        if self.clip is None and self.loss_scale == 1 and self.limit == math.inf:
+        if self.clip is None and self.loss_scale == 1 and not self.clamped:
             return part
         part = part.to(torch.promote_types(part.dtype, torch.float32)) * self.factor
-        return part if self.limit == math.inf else part.clamp_(-self.limit, self.limit)
+        if not self.clamped:
+            return part
+        limit = torch.as_tensor(self.limit, dtype=part.dtype, device=part.device)
+        return part.clamp_(-limit, limit)
 
     def scale(self) -> None:
         """Does it to the shard itself."""
@@ -136,13 +144,13 @@ class ChunkGradient:
 
     def clip_by(self, factor: Tensor) -> None:
         """Scales the gradient by ``factor`` (an fp32 scalar where the shard is)."""
-        if self.limit < math.inf:
-            self.scale()
+        if self.clamped:
+            self.limit = self.limit * factor
         self.clip = factor if self.clip is None else self.clip * factor
 
     def clamp(self, limit: float) -> None:
         """Clamps each element of the gradient to ``[-limit, limit]``."""
-        self.limit = min(self.limit, limit)
+        self.limit = self.limit.clamp(max=limit) if isinstance(self.limit, Tensor) else min(self.limit, limit)
 
     def complete(self) -> None:
         """FILLING -> READY; parameters without a gradient get zeros."""

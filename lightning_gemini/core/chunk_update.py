@@ -17,7 +17,7 @@ from lightning_gemini.core.store import Store
 from lightning_gemini.optim.kernel import kernel_for
 from lightning_gemini.optim.operands import Operands
 from lightning_gemini.optim.recognise import recognise
-from lightning_gemini.optim.rule import Rule
+from lightning_gemini.optim.rule import Rule, count_step
 
 #: What a rule's arithmetic, which is in fp32, can read and write.
 _RULED = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,7 +119,7 @@ class ChunkUpdate:
                 factor=factor,
                 limit=self.gradient.limit,
                 states=[segment.state[name] for name in rule.state_names],
-                seed=self._seed(segment),
+                seed=self._seed(rule, segment),
                 first=self._origin + start,
             )
             kernel.update(rule, scalars, operands)
@@ -192,6 +192,9 @@ class ChunkUpdate:
         self._tier.take(nbytes, f"the optimizer state of chunk {self.chunk.index}")
         self.state_bytes += nbytes
 
-    def _seed(self, segment: Segment) -> int:
-        step = segment.state.get("step", 0)
+    def _seed(self, rule: Rule, segment: Segment) -> int:
+        """Of the noise that rounds bf16 states: another one at each step, and the same one in a resumed run."""
+        if self._policy.state == torch.float32 or not rule.state_names:
+            return 0
+        step = segment.state["step"].item() if rule.counts_steps else count_step(segment.state)
         return int(step) * len(self._store.chunks) + self.chunk.index

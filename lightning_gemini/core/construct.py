@@ -57,11 +57,14 @@ def _exchange(root: nn.Module, params: set[nn.Parameter], make: Callable[[nn.Par
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
 
 
-def load_on_meta(root: nn.Module, state: Mapping[str, Any], strict: bool) -> set[nn.Parameter]:
+def load_on_meta(
+    root: nn.Module, state: Mapping[str, Any], strict: bool
+) -> tuple[set[nn.Parameter], dict[nn.Parameter, Tensor]]:
     """``root.load_state_dict(state)`` for a model with parameters on ``meta``, which come to host memory.
 
     Returns:
-        the parameters that are not in ``state``, and have no values yet.
+        the parameters that are not in ``state``, and have no values yet; and the values in ``state`` of those that
+        hold them at a lower precision now.
     """
     unbuilt = leave_meta(root, torch.device("cpu"))
     for param in unbuilt:
@@ -71,11 +74,12 @@ def load_on_meta(root: nn.Module, state: Mapping[str, Any], strict: bool) -> set
             if buffer is not None and buffer.is_meta and (f"{path}.{key}" if path else key) in state:
                 module._buffers[key] = torch.empty_like(buffer, device="cpu")
     root.load_state_dict(state, strict=strict)
-    loaded = {param for name, param in root.named_parameters(remove_duplicate=False) if name in state}
-    missing = unbuilt - loaded
+    loaded = {param: state[name] for name, param in root.named_parameters(remove_duplicate=False) if name in state}
+    exact = {param: value for param, value in loaded.items() if value.dtype.itemsize > param.dtype.itemsize}
+    missing = unbuilt - loaded.keys()
     for param in missing:
         param.data = placeholder(param.shape, param.dtype, param.device)
-    return missing
+    return missing, exact
 
 
 def fill(store: Store, values: dict[int, Tensor]) -> None:

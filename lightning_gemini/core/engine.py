@@ -234,6 +234,7 @@ class Engine:
         writeback: bool = False,
         rank0_only: bool = False,
         with_grads: bool = False,
+        exact: bool = False,
     ) -> Iterator[None]:
         """Gives parameters their whole values, as ordinary tensors; on all ranks, which have to enter together.
 
@@ -242,6 +243,7 @@ class Engine:
             writeback: whether changes are kept; rank 0's count.
             rank0_only: leave the other ranks' parameters as they are, and put the values in host memory.
             with_grads: give parameters their whole gradients in ``.grad`` too, after a backward; changes are not kept.
+            exact: give parameters that have a master its fp32 values, whatever dtype they were built in.
         """
         self._require_live("summon parameters")
         if self._step.running:
@@ -254,7 +256,7 @@ class Engine:
         self._phase = Phase.SUMMONED
         try:
             where = self.store.host.device if rank0_only else self.store.device.device
-            self._summoner.bind(wanted, where, everywhere=not rank0_only)
+            self._summoner.bind(wanted, where, not rank0_only, exact)
             self._step.stand_ins.forget()
             if with_grads:
                 self._ballot.agree(self.optimizers.gradients(None))

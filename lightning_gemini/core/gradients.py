@@ -19,7 +19,6 @@ and it is not finite if an element is not: looking for these takes no pass of it
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -322,7 +321,7 @@ class Gradients:
 
     def _add(self, gradient: ChunkGradient, part: Tensor) -> None:
         """Adds a part that carries the present loss scale."""
-        if gradient.clip is not None or gradient.limit < math.inf:
+        if gradient.clip is not None or gradient.clamped:
             gradient.scale()  # clipped before, and more comes now
         assert gradient.shard is not None
         if gradient.loss_scale != self.loss_scale:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -75,7 +74,7 @@ class Norms:
 
 
 def _chunk_norm(gradient: ChunkGradient, norm_type: float, device: torch.device) -> Tensor:
-    if norm_type != 2 or gradient.limit < math.inf:
+    if norm_type != 2 or gradient.clamped:
         return _norm(gradient.scaled(), norm_type, device)
     norm = square_sum(gradient).sqrt() * gradient.factor
     return norm.to(device, torch.float32)

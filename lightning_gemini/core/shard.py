@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gemini.core import construct
@@ -47,6 +48,7 @@ def shard(
     policy: DtypePolicy = DtypePolicy(),  # noqa: B008, it is frozen
     update: UpdatePolicy = UpdatePolicy(),  # noqa: B008, likewise
     unbuilt: Collection[nn.Parameter] = (),
+    exact: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
     home: Home | None = None,
     check: bool = False,
 ) -> Engine:
@@ -70,6 +72,7 @@ def shard(
         policy: the dtypes.
         update: when updates are made, and what becomes of gradients that are not finite.
         unbuilt: parameters that :func:`construct.leave_meta` was called for already.
+        exact: values to take instead of some parameters' own, at a higher precision, for the masters.
         home: where every chunk's shard lives, instead of what ``placement`` makes of it.
         check: watch every step, not only the first of each kind, for reads that hooks cannot see (see ``hidden``).
 
@@ -109,6 +112,7 @@ def shard(
         raise
     for param in params:
         param.grad = None  # of a backward before; the chunks start with none
+    values.update({index_of[param]: value for param, value in exact.items()})
     construct.fill(store, values)
     construct.initialise(model, store, index_of, missing)
     construct.place_buffers(model, device)

@@ -32,7 +32,7 @@ class Summoner:
         return sum(p.numel() * dtype.itemsize for p, dtype in zip(self._params, self._dtypes, strict=True))
 
     def values(
-        self, wanted: Collection[int], device: torch.device, everywhere: bool = True
+        self, wanted: Collection[int], device: torch.device, everywhere: bool = True, exact: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
         """Yields the index and a copy on ``device`` of each wanted parameter, one chunk in memory at a time.
 
@@ -40,6 +40,7 @@ class Summoner:
 
         Args:
             everywhere: whether ranks other than 0 want the values; if not, they take part and yield nothing.
+            exact: in fp32 where there is a master, whatever dtype the parameter had.
         """
         layout = self._store.layout
         mine = everywhere or self._store.collectives.rank == 0
@@ -48,16 +49,18 @@ class Summoner:
             if not slots:
                 continue
             flat = self._store.read(spec.index)
+            wide = exact and spec.index in self._store.masters
             for slot in slots if mine else ():
                 info = layout.params[slot.param]
                 value = flat.as_strided(info.shape, info.stride, slot.offset)
                 # a copy: a view would keep the whole chunk alive, and be saved with it
-                out = torch.empty_strided(info.shape, info.stride, dtype=self._dtypes[slot.param], device=device)
+                dtype = flat.dtype if wide else self._dtypes[slot.param]
+                out = torch.empty_strided(info.shape, info.stride, dtype=dtype, device=device)
                 yield slot.param, out.copy_(value)
 
-    def bind(self, wanted: Collection[int], device: torch.device, everywhere: bool = True) -> None:
+    def bind(self, wanted: Collection[int], device: torch.device, everywhere: bool = True, exact: bool = False) -> None:
         """Gives parameters their whole values as ordinary tensors; they are no views of their chunks any more."""
-        for index, value in self.values(wanted, device, everywhere):
+        for index, value in self.values(wanted, device, everywhere, exact):
             self._params[index].data = value
 
     def bind_kept(self, chunk: Chunk) -> None:

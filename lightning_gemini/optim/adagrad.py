@@ -27,6 +27,10 @@ class Adagrad(Rule):
         return "Adagrad"
 
     @property
+    def counts_steps(self) -> bool:
+        return True
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         return ("sum",)
 

@@ -27,6 +27,10 @@ class Adam(Rule):
         return "Adam<true>" if self.amsgrad else "Adam<false>"
 
     @property
+    def counts_steps(self) -> bool:
+        return True
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if self.amsgrad else ("exp_avg", "exp_avg_sq")
 

@@ -83,7 +83,7 @@ class NativeKernel:
             ctypes.c_int64(operands.shard.numel()),
             (ctypes.c_float * len(scalars))(*scalars),
             ctypes.c_float(float(operands.factor)),
-            ctypes.c_float(operands.limit),
+            ctypes.c_float(float(operands.limit)),
             ctypes.c_uint32(counter(operands.seed, operands.first)),
             ctypes.c_int(torch.get_num_threads()),
         )

@@ -29,7 +29,7 @@ class Operands:
         states: in the order of the rule's names; fp32, or bf16, which is rounded stochastically.
         factor: what the gradient is multiplied by, in fp32: the inverse of a loss scale, a clipping coefficient. A
             0-d fp32 tensor on the operands' device is not waited for.
-        limit: then the gradient is clamped to [-limit, limit]; a NaN stays.
+        limit: then the gradient is clamped to [-limit, limit]; a NaN stays. A 0-d tensor is like that of ``factor``.
         seed: of the stochastic rounding; a new one for each step and chunk.
         first: the position of the first element in its chunk, so that the noise does not depend on how it is cut.
 
@@ -42,7 +42,7 @@ class Operands:
     master: Tensor | None = None
     states: Sequence[Tensor] = ()
     factor: float | Tensor = 1.0
-    limit: float = inf
+    limit: float | Tensor = inf
     seed: int = 0
     first: int = 0
 

@@ -33,6 +33,11 @@ class Rule(ABC):
         """The state's element-wise tensors, by torch's names."""
 
     @property
+    def counts_steps(self) -> bool:
+        """Whether ``state["step"]`` is the number of steps."""
+        return False
+
+    @property
     def start(self) -> float:
         """What a state tensor starts with."""
         return 0.0

@@ -66,7 +66,8 @@ class TensorKernel:
         return total
 
     def _compiled_pass(self, rule: Rule, operands: Operands) -> Callable[..., None]:
-        tensors = (operands.shard, operands.master, operands.grad, *operands.states[:1], operands.factor)
+        numbers = operands.factor, operands.limit
+        tensors = (operands.shard, operands.master, operands.grad, *operands.states[:1], *numbers)
         key = (rule, operands.shard.device.type, *(t.dtype if isinstance(t, Tensor) else None for t in tensors))
         if key not in self._passes:
             # dynamo counts recompilations by code object, and gives up after a few: each pass gets its own
@@ -86,14 +87,15 @@ def _blocks(operands: Operands, size: int) -> Iterator[Operands]:
 
 def _arguments(rule: Rule, scalars: Sequence[float], operands: Operands) -> tuple[Any, ...]:
     """What :func:`_one_pass` takes; all numbers in one small tensor on the operands' device."""
-    device, factor = operands.shard.device, operands.factor
-    of_device = isinstance(factor, Tensor)
-    numbers = [*scalars, operands.limit, 1.0 if of_device else factor, 0.0]
+    device, factor, limit = operands.shard.device, operands.factor, operands.limit
+    known = [0.0 if isinstance(number, Tensor) else number for number in (limit, factor)]
+    numbers = [*scalars, *known, 0.0]
     packed = torch.tensor(numbers, dtype=torch.float32, pin_memory=device.type == "cuda")
     packed.view(torch.int32)[-1] = counter(operands.seed, operands.first)
     packed = packed.to(device, non_blocking=True)
     tensors = operands.shard, operands.master, operands.grad, operands.states
-    return rule, *tensors, packed, factor if of_device else None
+    unknown = [number if isinstance(number, Tensor) else None for number in (limit, factor)]
+    return rule, *tensors, packed, *unknown
 
 
 def _one_pass(
@@ -103,10 +105,12 @@ def _one_pass(
     grad: Tensor,
     states: Sequence[Tensor],
     packed: Tensor,
+    limit: Tensor | None,
     factor: Tensor | None,
 ) -> None:
-    *h, limit, given, _ = packed.unbind()
-    grad = grad.float() * (given if factor is None else factor)
+    *h, known_limit, known_factor, _ = packed.unbind()
+    limit = known_limit if limit is None else limit
+    grad = grad.float() * (known_factor if factor is None else factor)
     grad = torch.clamp(grad, -limit, limit)
     value, new = rule.update(_load(shard, master), grad, [state.float() for state in states], h)
     if states and states[0].dtype == torch.bfloat16:
