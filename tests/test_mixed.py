@@ -309,7 +309,7 @@ def free_run(mode: str, seed: int, steps: int = 120) -> float:
 
 
 def test_free_runs_end_where_fp32_and_autocast_do() -> None:
-    results = {mode: [free_run(mode, seed) for seed in range(5)] for mode in ("plain", "autocast", "split", "fp16")}
+    results = {mode: [free_run(mode, seed) for seed in range(4)] for mode in ("plain", "autocast", "split", "fp16")}
     noise = statistics.stdev(results["plain"])
     assert max(results["plain"]) < 2.5, "it learns"
     for mode in ("split", "fp16"):

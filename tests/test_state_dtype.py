@@ -162,9 +162,7 @@ def test_states_of_one_dtype_load_into_the_other() -> None:
 )
 def test_bf16_states_need_a_rule(make: Callable[[Any], Optimizer]) -> None:
     model = cases.build("Mlp")
-    with pytest.raises(
-        ConfigurationError, match=r"0 \(\w+\) makes its own states, so they cannot be kept in"
-    ):
+    with pytest.raises(ConfigurationError, match=r"0 \(\w+\) makes its own states, so they cannot be kept in"):
         shard(model, [make(model.parameters())], policy=BF16)
     assert next(model.parameters()).dtype == torch.float32
 
