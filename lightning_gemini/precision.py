@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -35,8 +35,8 @@ Dtype = Literal["fp32", "bf16", "fp16"]
 class GeminiPrecision(Precision):
     """The precision plugin of :class:`~lightning_gemini.GeminiStrategy`.
 
-    Parameters are held in the dtype they are computed in, floating-point inputs are cast to it once, and the mixed
-    modes keep an fp32 master of each parameter, which is what the optimizer updates.
+    Parameters are held in the dtype they are computed in, the floating-point tensors of each batch are cast to it once
+    (targets, too), and the mixed modes keep an fp32 master of each parameter, which is what the optimizer updates.
 
     Args:
         precision: "32-true"; "bf16-mixed" or "16-mixed" (with a dynamic loss scale) for fp32 master weights behind
@@ -49,14 +49,14 @@ class GeminiPrecision(Precision):
         nonfinite: What a step does whose gradients are NaN or infinite, on all ranks: "raise" names the first
             parameter and ends the run, "skip" warns and goes on. In 16-mixed such steps are always skipped.
         buffer_dtype: What floating-point buffers are cast to: "fp32", "bf16" or "fp16"; by default they keep their
-            dtype, except in bf16-true, where they are bf16.
+            dtype, except in bf16-true, where they are bf16. Those of batch norms stay fp32 in the mixed modes.
         autocast: Run the forward under torch.autocast as well, as Lightning's DDP and FSDP do: norms, softmax and
             losses are then computed in fp32, at the price of casting what goes into them.
-        initial_scale: The first loss scale of 16-mixed.
-        growth_factor: What the loss scale is multiplied with after growth_interval steps without an overflow.
-        backoff_factor: What the loss scale is multiplied with after an overflow.
-        growth_interval: Steps without an overflow before the loss scale grows.
-        minimum_scale: The loss scale goes no lower; an overflow there raises.
+        initial_scale: The first loss scale of 16-mixed, by default 65536.
+        growth_factor: What the loss scale is multiplied with after growth_interval steps without an overflow; 2.
+        backoff_factor: What the loss scale is multiplied with after an overflow; 0.5.
+        growth_interval: Steps without an overflow before the loss scale grows; 2000.
+        minimum_scale: The loss scale goes no lower, and an overflow there raises; 1.
 
     Raises:
         ConfigurationError: A setting that does not exist, makes no sense, or does not go with the mode.
@@ -71,13 +71,13 @@ class GeminiPrecision(Precision):
         nonfinite: Literal["raise", "skip"] = "raise",
         buffer_dtype: Dtype | None = None,
         autocast: bool = False,
-        initial_scale: float = 2.0**16,
-        growth_factor: float = 2.0,
-        backoff_factor: float = 0.5,
-        growth_interval: int = 2000,
-        minimum_scale: float = 1.0,
+        initial_scale: float | None = None,
+        growth_factor: float | None = None,
+        backoff_factor: float | None = None,
+        growth_interval: int | None = None,
+        minimum_scale: float | None = None,
     ) -> None:
-        if precision not in _POLICIES:
+        if not isinstance(precision, str) or precision not in _POLICIES:
             raise ConfigurationError(
                 f"the gemini strategy supports precision={' or '.join(map(repr, get_args(PrecisionMode)))}, "
                 f"got {precision!r}."
@@ -86,19 +86,22 @@ class GeminiPrecision(Precision):
         policy = _POLICIES[precision]
         if master_weights is not None and policy.master is None:
             raise ConfigurationError(f"master_weights={master_weights!r} is for the mixed modes; {precision} has none.")
-        if autocast and policy.compute is None:
-            raise ConfigurationError(f"autocast=True has nothing to do in {precision}.")
-        try:
-            scale = LossScale(initial_scale, growth_factor, backoff_factor, growth_interval, minimum_scale)
-        except ValueError as error:
-            raise ConfigurationError(f"GeminiPrecision: {error}") from error
+        if not isinstance(autocast, bool) or (autocast and policy.compute is None):
+            raise ConfigurationError(f"autocast must be True or False, and False in 32-true, got {autocast!r}.")
+        self.loss_scale = _loss_scale(
+            precision,
+            initial_scale=initial_scale,
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            growth_interval=growth_interval,
+            minimum=minimum_scale,
+        )
         self.policy = replace(
             policy,
             master=master_weights or policy.master,
             reduce=_dtype("reduce_dtype", reduce_dtype) if reduce_dtype is not None else policy.reduce,
-            state=_dtype("state_dtype", state_dtype),
+            state=_dtype("state_dtype", state_dtype, ("fp32", "bf16")),
         )
-        self.loss_scale = scale if precision == "16-mixed" else None
         self.nonfinite = nonfinite
         self.update_policy("at_step")  # raises if there is something wrong with it
         buffers = "bf16" if precision == "bf16-true" and buffer_dtype is None else buffer_dtype
@@ -133,6 +136,8 @@ class GeminiPrecision(Precision):
         # parameters get their dtype in the chunks
         if self._buffer_dtype is not None:
             for owner in module.modules():
+                if self.policy.master is not None and isinstance(owner, nn.modules.batchnorm._NormBase):
+                    continue  # like its parameters
                 for key, buffer in owner._buffers.items():
                     if buffer is not None and buffer.is_floating_point():
                         owner._buffers[key] = buffer.to(self._buffer_dtype)
@@ -155,8 +160,18 @@ class GeminiPrecision(Precision):
     @contextmanager
     @override
     def forward_context(self) -> Iterator[None]:
-        with self.tensor_init_context(), self._cast():
-            yield
+        try:
+            with self.tensor_init_context(), self._cast():
+                yield
+        except RuntimeError as error:
+            if "dtype" in str(error) and self.policy.master is not None and not self._autocast:
+                error.add_note(
+                    f"precision={self.precision!r} holds parameters in {self.policy.compute}, without autocast: a "
+                    "tensor that the model makes itself in fp32 (a buffer, torch.randn) may have met one. "
+                    "GeminiPrecision(buffer_dtype=...) casts buffers once, GeminiPrecision(autocast=True) casts "
+                    "operands as it goes."
+                )
+            raise
 
     def _cast(self) -> AbstractContextManager[Any]:
         if not self._autocast or self.engine is None:
@@ -164,6 +179,16 @@ class GeminiPrecision(Precision):
         # without its cache, which would keep copies of weights that are freed
         device = self.engine.store.device.device.type
         return torch.autocast(device, self.policy.compute, cache_enabled=False)
+
+    @override
+    def connect(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> Any:
+        trainer = getattr(model, "trainer", None)
+        if trainer is not None and getattr(trainer.strategy, "strategy_name", None) != "gemini":
+            raise ConfigurationError(
+                f"GeminiPrecision works with the gemini strategy, not with {type(trainer.strategy).__name__}. Use "
+                "Trainer(strategy='gemini') or Trainer(precision=...)."
+            )
+        return super().connect(model, optimizers, lr_schedulers)
 
     @override
     def pre_backward(self, tensor: Tensor, module: L.LightningModule) -> Tensor:
@@ -210,10 +235,22 @@ class GeminiPrecision(Precision):
         return self.engine
 
 
-def _dtype(name: str, value: str) -> torch.dtype:
-    if value not in _DTYPES:
-        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, _DTYPES))}, got {value!r}.")
+def _dtype(name: str, value: str, choices: Sequence[str] = tuple(_DTYPES)) -> torch.dtype:
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return _DTYPES[value]
+
+
+def _loss_scale(precision: str, **settings: float | None) -> LossScale | None:
+    given = {name: value for name, value in settings.items() if value is not None}
+    if precision != "16-mixed":
+        if given:
+            raise ConfigurationError(f"{', '.join(given)}: there is a loss scale in 16-mixed only, not in {precision}.")
+        return None
+    try:
+        return LossScale(**given)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigurationError(f"GeminiPrecision: {error}") from error
 
 
 @contextmanager

@@ -371,7 +371,7 @@ class GeminiStrategy(RankStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         if self._engine is not None:
-            with self._engine.summon(writeback=True, exact=True):
+            with self._engine.summon(writeback=True):
                 self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
             return
         self._unbuilt, self._exact = load_on_meta(self.lightning_module, checkpoint["state_dict"], strict)

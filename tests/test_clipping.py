@@ -37,14 +37,6 @@ SEQUENCES = [
 #: a float away, after a few operations; norms are summed in another order
 CLOSE = {"rtol": 4e-6, "atol": 1e-12}
 
-_LOSES_BITS = "clipping by norm after clipping by value rounds the clipped gradient to the parameter's dtype"
-
-
-def _known(mode: str, sequence: str) -> Any:
-    rounded = mode != "fp32" and sequence.startswith("value norm")
-    marks = [pytest.mark.xfail(strict=True, reason=_LOSES_BITS)] if rounded else []
-    return pytest.param(mode, sequence, marks=marks)
-
 
 def build(mode: str, make: Any = None) -> tuple[nn.Module, list[torch.optim.Optimizer], Engine]:
     policy, scale = MODES[mode]
@@ -132,7 +124,7 @@ def clipped(mode: str, sequence: str) -> None:
 SCENARIOS = {(mode, sequence): partial(clipped, mode, sequence) for mode in MODES for sequence in SEQUENCES}
 
 
-@pytest.mark.parametrize(("mode", "sequence"), [_known(*key) for key in SCENARIOS])
+@pytest.mark.parametrize(("mode", "sequence"), list(SCENARIOS))
 def test_clipping_is_torchs(mode: str, sequence: str) -> None:
     check(SCENARIOS[mode, sequence], [], 1)
 
@@ -198,7 +190,6 @@ def small_gradients_survive_both() -> None:
     torch.testing.assert_close(engine.grad_norm().item(), 5e-9 * 8, rtol=1e-5, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason=_LOSES_BITS + ", after the loss scale was taken away: in fp16 it may be zero")
 def test_small_gradients_survive_both_kinds_of_clipping() -> None:
     small_gradients_survive_both()
 

@@ -51,7 +51,8 @@ ROOMS = [
     ["core.errors"],
     ["optim"],
     ["optim.kernel", "optim.recognise"],
-    ["optim.native", "optim.tensor_kernel"],
+    ["optim.native"],
+    ["optim.tensor_kernel"],
     ["optim.adam", "optim.sgd", "optim.adagrad", "optim.lion", "optim.operands", "optim.loss_scale"],
     ["optim.rule", "optim.masters", "optim.rounding"],
 ]

@@ -195,3 +195,16 @@ def test_under_a_trainer() -> None:
         trainer(strategy).fit(module, loader())
         results.append(list(module.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_of_another_optimizer_cannot_be_dropped() -> None:
+    """A GAN that does not freeze its discriminator while its generator learns."""
+    torch.manual_seed(0)
+    generator, discriminator = nn.Linear(8, 8), nn.Linear(8, 8)
+    model = nn.ModuleList([generator, discriminator])
+    ours, theirs = (torch.optim.AdamW(module.parameters()) for module in model)
+    shard(model, [ours, theirs], update=EARLY)
+    discriminator(generator(torch.randn(2, 8))).sum().backward()
+    ours.step()
+    with pytest.raises(StateError, match=r"another optimizer's, keep these parameters out of it with self.toggle_opt"):
+        theirs.zero_grad()

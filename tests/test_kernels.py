@@ -350,6 +350,25 @@ def test_without_a_compiler_the_cpu_runs_eagerly(
         kernel_for(CPU)
 
 
+@pytest.mark.usefixtures("_afresh")
+def test_a_rule_that_cannot_be_built_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that ends for lack of memory, say, after it has built what is common to all rules."""
+    build = native._build
+
+    def fails(compiler: Sequence[str], define: Sequence[str], folder: Path) -> Path:
+        if define:
+            raise UnavailableError("killed")
+        return build(compiler, define, folder)
+
+    kernel = NativeKernel()
+    monkeypatch.setattr(native, "_build", fails)
+    monkeypatch.setattr(native, "_intact", lambda *_: iter(()))
+    with pytest.warns(UserWarning, match="runs operation by operation, several times slower: killed") as caught:
+        ours = train(kernel, LionRule(), start((BF16, FP32)))
+    assert len(caught) == 1
+    assert_same_bits(ours, train(TensorKernel(compiled=False), LionRule(), start((BF16, FP32))))
+
+
 def test_the_variable_forces_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("compiled", "eager"):
         monkeypatch.setenv(VARIABLE, name)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_gemini.core import ConfigurationError, Home, shard
+from lightning_gemini.core import ConfigurationError, DtypePolicy, Home, shard
 from lightning_gemini.core.elementwise import require_elementwise
 from lightning_gemini.optim import Lion
 from lightning_gemini.optim.recognise import recognise
@@ -390,3 +390,66 @@ def test_state_dicts_of_the_optimizer_itself(home: Home) -> None:
     torch.testing.assert_close(saved["state"], expected["state"], rtol=0, atol=0)
     engine.release()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+class _Scaled(Optimizer):
+    """Takes an argument in ``step``."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, scale: float = 1.0) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.sub_(param.grad, alpha=scale)
+
+
+def test_arguments_of_step_reach_all_chunks() -> None:
+    model = cases.build("Mlp")
+    optimizer = _Scaled(model.parameters())
+    engine = shard(model, [optimizer], chunk_size=2048)
+    before = [p.detach().clone() for p in model.parameters()]
+    for call in (lambda: optimizer.step(scale=0.0), lambda: optimizer.step(None, 0.0)):
+        model(torch.randn(4, 32)).sum().backward()
+        call()  # type: ignore[no-untyped-call]
+    assert engine.counters.updates == 2 * len(engine.layout.chunks)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("lr", [None, torch.ones(2)])
+def test_a_setting_that_is_no_number_fails_before_anything_moves(lr: Any) -> None:
+    model = cases.build("Mlp")
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": params[:2]}, {"params": params[2:]}])
+    shard(model, [optimizer], chunk_size=2048)
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[1]["lr"] = lr
+    model(torch.randn(4, 32)).sum().backward()
+    with pytest.raises((TypeError, ValueError)):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_a_rule_that_is_lost_with_bf16_states_is_refused_before_anything_moves() -> None:
+    model = cases.build("Mlp")
+    optimizer = torch.optim.AdamW(model.parameters())
+    shard(model, [optimizer], chunk_size=2048, policy=DtypePolicy(state=torch.bfloat16))
+    for _ in range(2):
+        model(torch.randn(4, 32)).sum().backward()
+        optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["foreach"] = True
+    model(torch.randn(4, 32)).sum().backward()
+    with pytest.raises(ConfigurationError, match=r"AdamW had a rule, which keeps its states in torch\.bfloat16"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_a_kernel_that_cannot_be_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTNING_GEMINI_KERNEL", "fast")
+    model = cases.build("Mlp")
+    with pytest.raises(ConfigurationError, match="LIGHTNING_GEMINI_KERNEL is 'fast'; it must be one of native"):
+        shard(model, [torch.optim.AdamW(model.parameters())])
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -80,16 +80,9 @@ AVERAGES: dict[str, tuple[Callable[[Any], Optimizer], str, int, float]] = {
     "Lion": (lambda p: Lion(p, 0.0, betas=(0.9, 0.999)), "exp_avg", 3000, 1 - 0.999**3000),
     "SGD": (lambda p: torch.optim.SGD(p, 0.0, momentum=0.99), "momentum_buffer", 600, (1 - 0.99**600) * 100),
 }
-_SAME_NOISE = "a state without a step count is rounded with the same noise at every step, so that elements stall"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.xfail(strict=True, reason=_SAME_NOISE)] if n in ("Lion", "SGD") else [])
-        for n in AVERAGES
-    ],
-)
+@pytest.mark.parametrize("name", AVERAGES)
 def test_averages_in_bf16_do_not_stall(name: str) -> None:
     make, key, steps, expected = AVERAGES[name]
     model = nn.Linear(64, 64, bias=False)

@@ -41,7 +41,8 @@ class ChunkGradient:
         spans: for each slot the part of the shard that holds it, empty where another rank does.
         shard: the reduced mean of this rank's part, summed over the backwards since the last step; ``None`` before the
             first. In the compute dtype after one backward, in fp32 while accumulating. Still to be scaled.
-        loss_scale: what the loss was multiplied with.
+        loss_scale: what the shard still has to be divided by.
+        tried_scale: the largest loss scale that a part of it came with.
         clip: an fp32 scalar where the shard is, or ``None``.
         limit: the largest absolute value of a scaled element; a number, or an fp32 scalar where the shard is.
         square_sum: of the shard as it is, if it is known: a scalar where the shard is.
@@ -52,7 +53,7 @@ class ChunkGradient:
         self.chunk = chunk
         self.spans = spans
         self.shard: Tensor | None = None
-        self.loss_scale = 1.0
+        self.loss_scale = self.tried_scale = 1.0
         self.clip: Tensor | None = None
         self.limit: float | Tensor = math.inf
         self.square_sum: Tensor | None = None
@@ -133,9 +134,11 @@ class ChunkGradient:
         return part.clamp_(-limit, limit)
 
     def scale(self) -> None:
-        """Does it to the shard itself."""
-        if self.shard is not None:
-            self.shard.copy_(self.scaled())
+        """Does it to the shard itself, of which the sum of squares is known."""
+        assert self.shard is not None
+        assert self.square_sum is not None
+        # a limit would hide an infinity that nobody has looked for
+        self.shard.copy_(torch.where(self.square_sum.isfinite(), self.scaled(), math.nan))
         self.forget_scaling()
 
     def forget_scaling(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_gemini.core.blocks import bits, in_blocks, init_state
 from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.dtypes import DtypePolicy
+from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.masters import Master
 from lightning_gemini.core.segments import Segment, SegmentedShard
 from lightning_gemini.core.store import Store
@@ -74,11 +76,26 @@ class ChunkUpdate:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule that does what the optimizer does, if there is one and the chunk's dtype is one of its own."""
+        """The rule that does what the optimizer does, if there is one and the chunk's dtype is one of its own.
+
+        Raises:
+            ConfigurationError: there is none any more, but states that only a rule can go on from.
+        """
         dtype = self.chunk.spec.kind.dtype
         if dtype not in _RULED or (dtype == torch.float16 and not self._policy.needs_master(dtype)):
             return None
-        return recognise(self.optimizer, self.optimizer.param_groups[self.chunk.spec.kind.group or 0])
+        rule = recognise(self.optimizer, self._group)
+        if rule is None and self._policy.state != torch.float32:
+            raise ConfigurationError(
+                f"{type(self.optimizer).__name__} had a rule, which keeps its states in {self._policy.state}, but its "
+                "settings have changed so that it has none any more (foreach, capturable, differentiable, or a tensor "
+                "on the device or of betas). Put them back, or keep states in fp32."
+            )
+        return rule
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self.optimizer.param_groups[self.chunk.spec.kind.group or 0]
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -94,6 +111,7 @@ class ChunkUpdate:
             OutOfBudgetError: there is no room for them.
         """
         _ = self.master
+        rule.scalars(self._group, {})  # a setting that is no number is found now
         for segment in self.shard.select(self.gradient.used):
             missing = sum(segment.state.get(name) is None for name in rule.state_names)
             if missing:
@@ -106,11 +124,10 @@ class ChunkUpdate:
         """Updates by ``rule``, in one pass; after :meth:`prepare`."""
         grad, factor = self.gradient.shard, self.gradient.factor
         assert grad is not None
-        group = self.optimizer.param_groups[self.chunk.spec.kind.group or 0]
         kernel = kernel_for(grad.device)
         for segment in self.shard.select(self.gradient.used):
             start, stop = segment.start, segment.stop
-            scalars = rule.scalars(group, segment.state)
+            scalars = rule.scalars(self._group, segment.state)
             segment.state.update(zip(rule.state_names, self._made.pop(segment, ()), strict=False))
             operands = Operands(
                 shard=self.chunk.shard[start:stop],

@@ -139,8 +139,16 @@ class Engine:
         reads that no hook sees are not watched for. Afterwards ``p.grad`` says where the gradient is, either way.
         """
         self._require_live("run a backward")
-        with self._step.backward():
-            yield
+        try:
+            with self._step.backward():
+                yield
+        except RuntimeError as error:
+            if self._gradients.consume is not None and "inplace operation" in str(error):
+                error.add_note(
+                    "With update='in_backward' a weight is updated when all of its gradients are in, but here it was "
+                    "needed once more (is it used detached, too?). Use update='at_step'."
+                )
+            raise
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -157,7 +165,7 @@ class Engine:
         if self._update.loss_scale is None:
             return loss
         self._gradients.loss_scale = self._update.loss_scale.value
-        return loss.float() * self._gradients.loss_scale
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self._gradients.loss_scale
 
     def abort(self) -> None:
         """Drops the forward and the backward under way. Weights, states and accumulated gradients stay."""
@@ -240,7 +248,7 @@ class Engine:
 
         Args:
             module: only the parameters of this one and what is inside it.
-            writeback: whether changes are kept; rank 0's count.
+            writeback: whether changes are kept; rank 0's count. Implies ``exact``, so that nothing is rounded.
             rank0_only: leave the other ranks' parameters as they are, and put the values in host memory.
             with_grads: give parameters their whole gradients in ``.grad`` too, after a backward; changes are not kept.
             exact: give parameters that have a master its fp32 values, whatever dtype they were built in.
@@ -256,7 +264,7 @@ class Engine:
         self._phase = Phase.SUMMONED
         try:
             where = self.store.host.device if rank0_only else self.store.device.device
-            self._summoner.bind(wanted, where, not rank0_only, exact)
+            self._summoner.bind(wanted, where, not rank0_only, exact or writeback)
             self._step.stand_ins.forget()
             if with_grads:
                 self._ballot.agree(self.optimizers.gradients(None))
@@ -354,7 +362,7 @@ class Engine:
         self._step.stand_ins.take()
         self._guard.check()
         self.store.tags.settle()
-        self._step.hidden.settle()
+        self._step.hidden.settle(self._update.skips)
 
     def _consume(self, gradient: ChunkGradient) -> None:
         """Updates a chunk as soon as its gradient is reduced."""

@@ -64,7 +64,7 @@ class Gradients:
 
     Attributes:
         accumulating: whether more backwards follow before the step, so that shards are best kept in fp32.
-        loss_scale: what the loss of the backward under way, or of the next one, is multiplied with.
+        loss_scale: what the loss of the backward under way, or of the next one, is multiplied with; 1 after it.
         consume: called with each gradient when it is reduced, if it is not to wait for the step; then it is dropped.
     """
 
@@ -92,7 +92,7 @@ class Gradients:
         self._completed: list[int] | None = []  # indices, until the order is learnt
         self._in_flight: deque[_Reduction] = deque()
         self.accumulating = False
-        self.loss_scale = 1.0
+        self.loss_scale = self._late_scale = 1.0
         self.consume: Callable[[ChunkGradient], None] | None = None
 
     def add(self, param: int, grad: Tensor) -> None:
@@ -126,6 +126,7 @@ class Gradients:
 
     def end_backward(self) -> None:
         """The outermost backward is over: reduces what is left, and waits for all of it."""
+        self._late_scale = self.loss_scale
         several = self._collectives.world_size > 1
         for gradient in self._order[self._next :]:
             if gradient.state is GradientState.EMPTY and several and _wants_gradient(gradient.chunk):
@@ -143,9 +144,13 @@ class Gradients:
                 self._settle()
             gradient.end_backward()
         self._transient.clear(self._spared)
+        self.loss_scale = 1.0  # the next loss says its own
 
     def reduce_late(self, gradients: Sequence[ChunkGradient]) -> None:
         """Reduces what came after its chunk's turn, on this rank or another; all ranks call with the same ones."""
+        if not gradients:
+            return
+        self.loss_scale = self._late_scale
         for gradient in gradients:
             if gradient.state is GradientState.EMPTY:
                 self._open(gradient)
@@ -153,6 +158,7 @@ class Gradients:
             self._reduce(gradient)
             gradient.reduced = False  # in the next backward
         self._settle()
+        self.loss_scale = 1.0
 
     def discard(self, chunks: list[ChunkGradient]) -> None:
         """Forgets the gradients of ``chunks``, reduced or not."""
@@ -172,6 +178,7 @@ class Gradients:
             self._store.device.give(under_way.out.nbytes + (scratch.nbytes if scratch is not None else 0))
         self._in_flight.clear()
         self._next = 0
+        self.loss_scale = 1.0
         for gradient in self.chunks.values():
             if gradient.buffer is not None:
                 self._store.device.give(gradient.buffer.nbytes)
@@ -305,7 +312,7 @@ class Gradients:
         if gradient.shard is None:
             gradient.shard = part
             gradient.forget_scaling()
-            gradient.loss_scale = self.loss_scale
+            gradient.loss_scale = gradient.tried_scale = self.loss_scale
         else:
             if gradient.shard.dtype != keep:
                 wide = pool.get(part.numel(), keep, what).copy_(gradient.shard)
@@ -322,12 +329,14 @@ class Gradients:
     def _add(self, gradient: ChunkGradient, part: Tensor) -> None:
         """Adds a part that carries the present loss scale."""
         if gradient.clip is not None or gradient.clamped:
+            square_sum(gradient)
             gradient.scale()  # clipped before, and more comes now
         assert gradient.shard is not None
         if gradient.loss_scale != self.loss_scale:
             part.mul_(gradient.loss_scale / self.loss_scale)
         gradient.shard.add_(part)
         gradient.square_sum = None
+        gradient.tried_scale = max(gradient.tried_scale, self.loss_scale)
 
     def _shard_pool(self, chunk: Chunk) -> BufferPool:
         return self._shards[chunk.home is Home.HOST]

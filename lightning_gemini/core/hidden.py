@@ -112,8 +112,11 @@ class HiddenReads:
         if not self._watched:
             self._doubts.append(loss.detach().isfinite().all())
 
-    def settle(self) -> None:
+    def settle(self, skips: bool) -> None:
         """Before an update; waits for the device if there is a loss to look at.
+
+        Args:
+            skips: whether a step that is not finite is skipped: then the next one is watched, and this one goes on.
 
         Raises:
             NonFiniteError: a loss was not finite though no step of its kind was watched; the next one will be.
@@ -121,6 +124,8 @@ class HiddenReads:
         doubts, self._doubts = self._doubts, []
         if doubts and not bool(torch.stack(doubts).all()):
             self.suspect()
+            if skips:
+                return
             raise NonFiniteError(
                 "the loss is not finite, in a step that freed parameters after their use. Either training diverged, or "
                 "a parameter was read in a way that no hook sees while it held NaN. The weights are unchanged. Run "

@@ -26,6 +26,7 @@ from lightning_gemini.core.schedule import choose_homes
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.units import find_units
 from lightning_gemini.core.update_policy import UpdatePolicy
+from lightning_gemini.optim.kernel import UnavailableError, kernel_for
 from lightning_gemini.optim.recognise import recognise
 
 Placement = Literal["auto", "device", "host"]
@@ -89,6 +90,7 @@ def shard(
     units = find_units(model, index_of, unit_modules)
     for number, optimizer in enumerate(optimizers):
         _require_rules(optimizer, f"optimizer {number}", device, policy)
+        _prepare_kernels(optimizer, {device, torch.device("cpu")})
     limits = collectives.gather_objects((device_memory, host_memory))
     tiers = (
         Tier("device", device, min((d for d, _ in limits if d is not None), default=None)),
@@ -132,6 +134,17 @@ def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy
             "torch.optim.AdamW, Adam, SGD or Adagrad or lightning_gemini.optim.Lion with plain settings, or fp32 "
             "states."
         )
+
+
+def _prepare_kernels(optimizer: Optimizer, devices: Collection[torch.device]) -> None:
+    """Makes what the updates need now rather than in the first step."""
+    try:
+        for device in devices:
+            for group in optimizer.param_groups:
+                if (rule := recognise(optimizer, group)) is not None:
+                    kernel_for(device).prepare(rule)
+    except (ValueError, UnavailableError) as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def specify(

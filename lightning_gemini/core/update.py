@@ -89,8 +89,19 @@ class OptimizerOnChunks:
         return self._stepping
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets the gradients of this optimizer's parameters."""
+        """Forgets the gradients of this optimizer's parameters.
+
+        Raises:
+            StateError: some have been used already, within their backward.
+        """
         self._notice()
+        if self._done_early:
+            names = ", ".join(sorted(update.chunk.names[0] for update in self._done_early)[:3])
+            raise StateError(
+                f"zero_grad() would drop gradients of {names} and possibly others, but with update='in_backward' they "
+                "were used in the backward that they came in. If it was another optimizer's, keep these parameters "
+                "out of it with self.toggle_optimizer(...) or requires_grad_(False), or use update='at_step'."
+            )
         self._gradients.discard(self.gradients)
         self._dropped(param for gradient in self.gradients for param in gradient.chunk.params)
 
@@ -103,8 +114,9 @@ class OptimizerOnChunks:
         if update in self._done_early:
             raise StateError(
                 f"the gradient of {update.chunk.names[0]} came twice before optimizer.step(), but with "
-                "update='in_backward' its first part has been used and is gone. Call step() after each backward, and "
-                "use update='at_step' for a module that several reentrant checkpoints share, or to accumulate."
+                "update='in_backward' its first part has been used and is gone. Call step() after each backward, keep "
+                "parameters out of another optimizer's backward with self.toggle_optimizer(...), and use "
+                "update='at_step' to accumulate, or for a module that several reentrant checkpoints share."
             )
         if update.active:
             self._done_early.add(update)

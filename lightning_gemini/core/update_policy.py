@@ -36,11 +36,15 @@ class UpdatePolicy:
             raise ConfigurationError(f"update must be 'at_step' or 'in_backward', got {self.when!r}.")
         if self.nonfinite not in ("raise", "skip"):
             raise ConfigurationError(f"nonfinite must be 'raise' or 'skip', got {self.nonfinite!r}.")
-        skips = self.loss_scale is not None or self.nonfinite == "skip"
-        if self.when == "in_backward" and skips:
+        if self.when == "in_backward" and self.skips:
             what = "a loss scale (16-mixed)" if self.loss_scale is not None else "nonfinite='skip'"
             raise ConfigurationError(
                 f"update='in_backward' cannot work with {what}: whether a step is skipped is known when the last "
                 "gradient is there, and by then the first ones have been used. Use update='at_step', or bf16-mixed "
                 "with nonfinite='raise'."
             )
+
+    @property
+    def skips(self) -> bool:
+        """Whether steps whose gradients are not finite are skipped."""
+        return self.loss_scale is not None or self.nonfinite == "skip"

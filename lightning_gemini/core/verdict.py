@@ -14,6 +14,7 @@ from lightning_gemini.core.errors import DisagreementError, GeminiError, NonFini
 from lightning_gemini.core.gradients import Gradients, square_sum
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.update_policy import UpdatePolicy
+from lightning_gemini.optim.loss_scale import LossScale
 
 
 class Verdict:
@@ -44,11 +45,11 @@ class Verdict:
         self._suspect = suspect
         self._scale = policy.loss_scale
         self._nonfinite = policy.nonfinite
-        self._used: list[tuple[str, Tensor]] = []
+        self._used: list[Tensor] = []
 
     def note_use(self, gradient: ChunkGradient) -> None:
         """``gradient`` is about to be used within its backward: whether it was finite is found out at the step."""
-        self._used.append((gradient.chunk.names[0], square_sum(gradient).to(self._store.device.device)))
+        self._used.append(square_sum(gradient).to(self._store.device.device))
 
     def may_update(self, chunks: list[ChunkGradient], inspect: Callable[[], None]) -> bool:
         """Whether the update of ``chunks`` is to be made; if not, the step is skipped and their gradients are gone.
@@ -61,6 +62,29 @@ class Verdict:
             DisagreementError: another rank cannot.
             NonFiniteError: gradients are not finite, and that is not to be skipped.
         """
+        sound = self._vote(chunks, inspect)
+        broken = None if sound else self._first_broken(chunks)
+        scales = [gradient.tried_scale for gradient in chunks if any(gradient.used)]
+        if broken is None:
+            if self._scale is not None and scales:
+                self._scale.update(overflow=False)
+            return True
+        self._gradients.discard(chunks)
+        self._store.counters.skipped += 1
+        if self._scale is not None:
+            self._lower(self._scale, max(scales, default=self._scale.value), broken)
+        elif self._nonfinite == "skip":
+            warnings.warn(f"the gradient of {broken} is not finite: the step is skipped on all ranks", stacklevel=2)
+        else:
+            raise NonFiniteError(
+                f"the gradient of {broken} is not finite (the first one, in the order of the model). No rank takes the "
+                "step, and the weights are unchanged. Lower the learning rate or clip gradients if training diverges; "
+                "GeminiPrecision(nonfinite='skip') skips such steps."
+            )
+        return False
+
+    def _vote(self, chunks: list[ChunkGradient], inspect: Callable[[], None]) -> bool:
+        """Has all ranks agree that none has failed, and brings them the buffers; whether gradients are sound."""
         failure: GeminiError | None = None
         try:
             inspect()
@@ -68,7 +92,7 @@ class Verdict:
             failure = error
         used, self._used = self._used, []
         flags = [failure is not None, *self._buffers.changed()]
-        sound, (failed, *changed) = self._ballot.settle(chunks, flags, [total for _, total in used])
+        sound, (failed, *changed) = self._ballot.settle(chunks, flags, used)
         if failed:
             self._gradients.discard(chunks)  # they may be what was wrong
             self._suspect()
@@ -83,34 +107,18 @@ class Verdict:
                 "a gradient is not finite, and with update='in_backward' it has been used already: weights and "
                 "optimizer states hold NaN. Go on from the last checkpoint, with update='at_step' if it happens again."
             )
-        broken = None if sound else self._first_broken(chunks)
-        if broken is None:
-            if self._scale is not None:
-                self._scale.update(overflow=False)
-            return True
-        self._gradients.discard(chunks)
-        self._skip(broken)
-        return False
+        return sound
 
-    def _skip(self, name: str) -> None:
-        """Skips a step in which the gradient of ``name`` is not finite, or raises."""
-        self._store.counters.skipped += 1
-        if self._scale is not None:
-            if self._scale.at_minimum:
-                raise NonFiniteError(
-                    f"the gradient of {name} is not finite even with a loss scale of {self._scale.value}, the lowest "
-                    "there may be. The weights are unchanged. Training diverges, or the model leaves the range of fp16 "
-                    "by itself: a lower learning rate may help, or precision='bf16-mixed'."
-                )
-            self._scale.update(overflow=True)
-        elif self._nonfinite == "skip":
-            warnings.warn(f"the gradient of {name} is not finite: the step is skipped on all ranks", stacklevel=2)
-        else:
+    def _lower(self, scale: LossScale, tried: float, name: str) -> None:
+        """Lowers the loss scale, because the gradient of ``name`` overflowed at ``tried``, unless that has happened."""
+        if tried <= scale.minimum:
             raise NonFiniteError(
-                f"the gradient of {name} is not finite (the first one, in the order of the model). No rank takes the "
-                "step, and the weights are unchanged. Lower the learning rate or clip gradients if training diverges; "
-                "GeminiPrecision(nonfinite='skip') skips such steps."
+                f"the gradient of {name} is not finite even with a loss scale of {tried}, the lowest there may be. The "
+                "weights are unchanged. Training diverges, or the model leaves the range of fp16 by itself: a lower "
+                "learning rate may help, or precision='bf16-mixed'."
             )
+        if tried >= scale.value:  # else another optimizer's step has done it, for the same backward
+            scale.update(overflow=True)
 
     def _first_broken(self, chunks: Sequence[ChunkGradient]) -> str | None:
         """The first parameter on any rank whose gradient is not finite; ``None`` if it is the sum of squares alone."""

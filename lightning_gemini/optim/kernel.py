@@ -16,6 +16,8 @@ from lightning_gemini.optim.operands import Operands
 from lightning_gemini.optim.rule import Rule
 from lightning_gemini.optim.tensor_kernel import TensorKernel
 
+__all__ = ["CHOICES", "VARIABLE", "Kernel", "UnavailableError", "kernel_for"]
+
 #: Forces a kernel.
 VARIABLE = "LIGHTNING_GEMINI_KERNEL"
 CHOICES = ("native", "compiled", "eager")
@@ -26,6 +28,9 @@ class Kernel(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    def prepare(self, rule: Rule) -> bool:
+        """Makes what running ``rule`` needs, before training; whether that is there."""
 
     def update(self, rule: Rule, scalars: Sequence[float], operands: Operands) -> None:
         """One step of ``rule`` with its ``scalars``."""
@@ -61,7 +66,7 @@ def _native() -> Kernel:
         warnings.warn(
             "the optimizer runs operation by operation on the CPU, several times slower than compiled: install g++ or "
             f"clang++, or name a C++17 compiler in CXX. {error}",
-            stacklevel=3,
+            stacklevel=5,
         )
         return _tensor_kernel(compiled=False)
 

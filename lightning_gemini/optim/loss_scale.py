@@ -42,16 +42,11 @@ class LossScale:
         growth_interval: int = 2000,
         minimum: float = 1.0,
     ) -> None:
-        _check("minimum", minimum, isfinite(minimum) and minimum > 0, "a finite number above 0")
+        _check("minimum", minimum, _is_number(minimum) and minimum > 0, "a finite number above 0")
         self.minimum = minimum
         self._set(initial_scale, growth_factor, backoff_factor, growth_interval)
         _check("initial_scale", initial_scale, initial_scale >= minimum, f"at least the minimum, {minimum}")
         self._good_steps = 0
-
-    @property
-    def at_minimum(self) -> bool:
-        """Whether an overflow cannot lower it any more."""
-        return self.value <= self.minimum
 
     def update(self, overflow: bool) -> None:
         """Takes note of a step: whether its gradients had an infinity or a NaN anywhere."""
@@ -89,16 +84,23 @@ class LossScale:
         self._good_steps = int(state["_growth_tracker"])
 
     def _set(self, scale: float, growth_factor: float, backoff_factor: float, growth_interval: int) -> None:
-        _check("initial_scale", scale, isfinite(scale) and scale > 0, "a finite number above 0")
-        _check("growth_factor", growth_factor, isfinite(growth_factor) and growth_factor > 1, "a number above 1")
-        _check("backoff_factor", backoff_factor, 0 < backoff_factor < 1, "between 0 and 1")
-        _check("growth_interval", growth_interval, growth_interval >= 1, "at least 1")
+        _check("initial_scale", scale, _is_number(scale) and 0 < scale <= _LARGEST, "a number above 0, in fp32's range")
+        _check("growth_factor", growth_factor, _is_number(growth_factor) and growth_factor > 1, "a number above 1")
+        _check(
+            "backoff_factor", backoff_factor, _is_number(backoff_factor) and 0 < backoff_factor < 1, "between 0 and 1"
+        )
+        whole = _is_number(growth_interval) and growth_interval == int(growth_interval)
+        _check("growth_interval", growth_interval, whole and growth_interval >= 1, "a whole number, at least 1")
         self.value = float(scale)
         self.growth_factor = growth_factor
         self.backoff_factor = backoff_factor
         self.growth_interval = growth_interval
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
 def _check(name: str, value: float, fine: bool, expected: str) -> None:
     if not fine:
-        raise ValueError(f"{name} is {value}; it must be {expected}")
+        raise ValueError(f"{name} is {value!r}; it must be {expected}")

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
@@ -21,6 +22,7 @@ from torch import Tensor
 from lightning_gemini.optim.operands import Operands
 from lightning_gemini.optim.rounding import counter
 from lightning_gemini.optim.rule import Rule
+from lightning_gemini.optim.tensor_kernel import TensorKernel
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = (
@@ -35,6 +37,7 @@ _VALUES = {
     (torch.bfloat16, torch.float32): "master",
     (torch.bfloat16, torch.int16): "split",
 }
+_PATIENCE_SECONDS = 300  # for a compiler that takes two, alone on its machine
 _HALF_BLOCK = 2**20  # elements of fp16, which native.cpp does not know, that are converted at a time
 
 
@@ -53,6 +56,18 @@ class NativeKernel:
 
     def __init__(self) -> None:
         self._sums = _library(None)
+        self._eager = TensorKernel(compiled=False)
+        self._failed: set[str] = set()
+
+    def prepare(self, rule: Rule) -> bool:
+        """Builds what ``rule`` needs; where that fails, it runs operation by operation, with a warning."""
+        if rule.symbol not in self._failed:
+            try:
+                _library(rule.symbol)
+            except UnavailableError as error:
+                self._failed.add(rule.symbol)
+                warnings.warn(f"{rule} runs operation by operation, several times slower: {error}", stacklevel=2)
+        return rule.symbol not in self._failed
 
     def update(self, rule: Rule, scalars: Sequence[float], operands: Operands) -> None:
         """One step of ``rule``, in place.
@@ -65,6 +80,9 @@ class NativeKernel:
                 f"{rule} has the states {rule.state_names} in host memory here, "
                 f"not {len(operands.states)} on {operands.shard.device}"
             )
+        if not self.prepare(rule):
+            self._eager.update(rule, scalars, operands)
+            return
         if torch.float16 in (operands.shard.dtype, operands.grad.dtype):
             for start in range(0, operands.shard.numel(), _HALF_BLOCK):
                 self._update_half(rule, scalars, operands.block(start, start + _HALF_BLOCK))
@@ -164,7 +182,10 @@ def _build(compiler: Sequence[str], define: Sequence[str], folder: Path) -> Path
     path = folder / "built.so"
     for tuning in _TUNING:
         command = [*compiler, *_FLAGS, *tuning, *define, str(_SOURCE), "-o", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise UnavailableError(f"{shlex.join(command)} took more than {_PATIENCE_SECONDS} s") from error
         if done.returncode == 0:
             return path
     raise UnavailableError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")

@@ -35,6 +35,10 @@ class TensorKernel:
     def name(self) -> str:
         return "compiled" if self._compiled else "eager"
 
+    def prepare(self, rule: Rule) -> bool:
+        """Nothing is made before it is needed."""
+        return True
+
     @torch.no_grad()
     def update(self, rule: Rule, scalars: Sequence[float], operands: Operands) -> None:
         """One step of ``rule``, in place; nothing waits for the device."""
