@@ -112,7 +112,7 @@ def layout_bytes(engine: Engine) -> int:
         if chunk.kind.updated:
             total += numel * (chunk.kind.dtype.itemsize + 8)
         if chunk.index in engine.store.masters:
-            total += numel * 4
+            total += engine.store.masters[chunk.index].part.nbytes
     return total
 
 

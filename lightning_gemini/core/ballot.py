@@ -25,15 +25,10 @@ class Ballot:
         self._device = store.device.device
         self._gradients = gradients
 
-    def agree(self, chunks: Sequence[ChunkGradient], flags: Sequence[bool] = ()) -> list[bool]:
-        """Makes ``used`` of ``chunks`` the same on all ranks and reduces late gradients; all ranks call.
-
-        Returns:
-            for each of ``flags`` whether any rank has set it.
-        """
-        if self._collectives.world_size == 1:
-            return list(flags)
-        return self._vote(chunks, flags, None)[0]
+    def agree(self, chunks: Sequence[ChunkGradient]) -> None:
+        """Makes ``used`` of ``chunks`` the same on all ranks and reduces late gradients; all ranks call."""
+        if self._collectives.world_size > 1:
+            self._vote(chunks, (), None)
 
     def settle(
         self, chunks: Sequence[ChunkGradient], flags: Sequence[bool], totals: Sequence[Tensor] = ()
@@ -41,11 +36,12 @@ class Ballot:
         """Does what :meth:`agree` does, and finds out whether the gradients are sound; waits for the device.
 
         Args:
+            flags: more things to agree on.
             totals: sums of squares of other gradients, scalars on the device.
 
         Returns:
-            whether the sums of squares of ``chunks``, and ``totals``, are finite on all ranks; and what :meth:`agree`
-            returns.
+            whether the sums of squares of ``chunks``, and ``totals``, are finite on all ranks; and for each of
+            ``flags`` whether any rank has set it.
         """
         unsound = self._unsound(chunks, totals)
         if self._collectives.world_size == 1:

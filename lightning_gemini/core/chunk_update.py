@@ -47,11 +47,11 @@ class ChunkUpdate:
         self._tier = store.tier_of(self.chunk)
         self.state_bytes = 0
         self._origin = store.collectives.rank * self.chunk.shard.numel()
+        self._ready: list[Segment] = []  # for a rule
         self._made: dict[Segment, tuple[Tensor, ...]] = {}
         self._transient_bytes = 0
         self._offered: list[tuple[Segment, nn.Parameter]] = []
-        params = self.chunk.params
-        group = self.chunk.spec.kind.group or 0
+        params, group = self.chunk.params, self.chunk.spec.kind.group or 0
         self._bits = bits(optimizer, group, params) if in_blocks(optimizer) else [0] * len(params)
 
     @cached_property
@@ -111,8 +111,8 @@ class ChunkUpdate:
             OutOfBudgetError: there is no room for them.
         """
         _ = self.master
-        rule.scalars(self._group, {})  # a setting that is no number is found now
-        for segment in self.shard.select(self.gradient.used):
+        self._ready = self.shard.select(self.gradient.used)
+        for segment in self._ready:
             missing = sum(segment.state.get(name) is None for name in rule.state_names)
             if missing:
                 self._take(missing * segment.numel * self._policy.state.itemsize)
@@ -125,7 +125,7 @@ class ChunkUpdate:
         grad, factor = self.gradient.shard, self.gradient.factor
         assert grad is not None
         kernel = kernel_for(grad.device)
-        for segment in self.shard.select(self.gradient.used):
+        for segment in self._ready:
             start, stop = segment.start, segment.stop
             scalars = rule.scalars(self._group, segment.state)
             segment.state.update(zip(rule.state_names, self._made.pop(segment, ()), strict=False))
@@ -154,8 +154,7 @@ class ChunkUpdate:
             if segment.state:
                 self.optimizer.state[flat] = segment.state
             elif segment.bits:
-                group = self.optimizer.param_groups[self.chunk.spec.kind.group or 0]
-                init_state(self.optimizer, group, flat, segment.bits)
+                init_state(self.optimizer, self._group, flat, segment.bits)
             self._offered.append((segment, flat))
         return [flat for _, flat in self._offered]
 

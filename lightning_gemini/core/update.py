@@ -206,6 +206,9 @@ class OptimizerOnChunks:
             args, kwargs: of that call.
         """
         rules = {update: rule for update in updates if (rule := update.rule) is not None}
+        by_group = {update.chunk.spec.kind.group or 0: rule for update, rule in rules.items()}
+        for index, rule in by_group.items():
+            rule.scalars(self.optimizer.param_groups[index], {})  # a setting that is no number is found now
         for update, rule in rules.items():
             update.prepare(rule)
         others = [update for update in updates if update not in rules]

@@ -55,7 +55,10 @@ class NativeKernel:
     name = "native"
 
     def __init__(self) -> None:
-        self._sums = _library(None)
+        library = _library(None)
+        self._sums = {dtype: getattr(library, f"square_sum_{name}") for dtype, name in _TYPES.items()}
+        for function in self._sums.values():
+            function.restype = ctypes.c_double
         self._eager = TensorKernel(compiled=False)
         self._failed: set[str] = set()
 
@@ -111,9 +114,8 @@ class NativeKernel:
         if values.dtype == torch.float16:
             return torch.stack([self.square_sum(block.float()) for block in values.split(_HALF_BLOCK)]).sum()
         values = values.contiguous()
-        function = getattr(self._sums, f"square_sum_{_TYPES[values.dtype]}")
-        function.restype = ctypes.c_double
-        total = function(_address(values), ctypes.c_int64(values.numel()), ctypes.c_int(torch.get_num_threads()))
+        numel, threads = ctypes.c_int64(values.numel()), ctypes.c_int(torch.get_num_threads())
+        total = self._sums[values.dtype](_address(values), numel, threads)
         return torch.tensor(total, dtype=torch.float64)
 
     @torch.no_grad()

@@ -13,6 +13,8 @@ from lightning_gemini.optim.lion import Lion, LionRule
 from lightning_gemini.optim.rule import Rule
 from lightning_gemini.optim.sgd import Sgd
 
+_KNOWN = (optim.Adam, optim.AdamW, optim.SGD, optim.Adagrad, Lion)
+
 
 def recognise(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> Rule | None:
     """The rule that does what ``optimizer`` does to the parameters of ``group``; None if there is none.
@@ -21,18 +23,20 @@ def recognise(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> Rule | No
     implementations gets it; for ``capturable`` and ``differentiable``; and for hyper-parameters that only the device
     or autograd knows.
     """
-    if group.get("foreach") is not None or group.get("capturable") or group.get("differentiable"):
+    kind = type(optimizer)
+    if kind not in _KNOWN or group.get("foreach") is not None:
         return None
-    tensors = [value for name, value in group.items() if name != "params" and isinstance(value, Tensor)]
-    if any(value.device.type != "cpu" or value.requires_grad for value in tensors):
+    if group.get("capturable") or group.get("differentiable"):
         return None
+    for name, value in group.items():
+        if name != "params" and isinstance(value, Tensor) and (value.device.type != "cpu" or value.requires_grad):
+            return None
     if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
         return None
-    kind = type(optimizer)
     if kind is optim.Adam or kind is optim.AdamW:
         return Adam(amsgrad=bool(group["amsgrad"]))
     if kind is optim.SGD:
         return Sgd(momentum=group["momentum"] != 0)
     if kind is optim.Adagrad:
         return Adagrad(float(optimizer.defaults["initial_accumulator_value"]))  # torch asks no group for it
-    return LionRule() if kind is Lion else None
+    return LionRule()
