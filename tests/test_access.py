@@ -426,6 +426,15 @@ def test_an_array_that_shares_memory_is_refused_by_name(home: Home) -> None:
 # More of what is done to .grad
 
 
+def assert_trains_as_plain(train: Callable[[nn.Module, Any], None], home: Home, **tolerance: float) -> None:
+    plain, (model, optimizer, engine) = cases.build("Mlp"), make(home=home)
+    train(plain, cases.adamw("Mlp", plain))
+    train(model, optimizer)
+    engine.release()
+    for value, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, **tolerance)
+
+
 @pytest.mark.parametrize("home", list(Home))
 def test_create_graph_adds_up(home: Home) -> None:
     def train(model: nn.Module, optimizer: Any) -> None:
@@ -436,12 +445,7 @@ def test_create_graph_adds_up(home: Home) -> None:
             optimizer.step()
             model.zero_grad()
 
-    plain, (model, optimizer, engine) = cases.build("Mlp"), make(home=home)
-    train(plain, cases.adamw("Mlp", plain))
-    train(model, optimizer)
-    engine.release()
-    for value, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+    assert_trains_as_plain(train, home, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("home", list(Home))
@@ -460,9 +464,4 @@ def test_gradients_that_are_set_by_hand_are_refused_and_zeroed_ones_count(home: 
             optimizer.step()
             optimizer.zero_grad()
 
-    plain, (model, optimizer, engine) = cases.build("Mlp"), make(home=home)
-    train(plain, cases.adamw("Mlp", plain))
-    train(model, optimizer)
-    engine.release()
-    for value, expected in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(value, expected)
+    assert_trains_as_plain(train, home, rtol=0, atol=0)

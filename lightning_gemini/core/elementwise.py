@@ -11,9 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_gemini.core.blocks import in_blocks, scales_by_norm
 from lightning_gemini.core.errors import ConfigurationError
-from lightning_gemini.core.trial import try_on_pieces, unhooked_step
-
-__all__ = ["require_elementwise", "unhooked_step"]
+from lightning_gemini.core.trial import try_on_pieces
 
 #: Why the well-known ones cannot work; others are refused with what the trial showed.
 _REASONS = {

@@ -90,7 +90,6 @@ def shard(
     units = find_units(model, index_of, unit_modules)
     for number, optimizer in enumerate(optimizers):
         _require_rules(optimizer, f"optimizer {number}", device, policy)
-        _prepare_kernels(optimizer, {device, torch.device("cpu")})
     limits = collectives.gather_objects((device_memory, host_memory))
     tiers = (
         Tier("device", device, min((d for d, _ in limits if d is not None), default=None)),
@@ -103,6 +102,7 @@ def shard(
     layout, homes, masters = _plan(
         specs, collectives.world_size, chunk_size, tiers[0], placement, home, dtypes, policy, update, blocks
     )
+    _prepare_kernels(optimizers, {tiers[home is Home.HOST].device for home in homes})
     _require_agreement(layout, collectives)
     missing = {*unbuilt, *construct.leave_meta(model, device)}
     values = {index: param.data for param, index in index_of.items() if param not in missing}
@@ -136,13 +136,15 @@ def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy
         )
 
 
-def _prepare_kernels(optimizer: Optimizer, devices: Collection[torch.device]) -> None:
-    """Makes what the updates need now rather than in the first step."""
+def _prepare_kernels(optimizers: Sequence[Optimizer], devices: Collection[torch.device]) -> None:
+    """Makes what the updates of shards on ``devices`` need now rather than in the first step."""
     try:
-        for device in devices:
-            for group in optimizer.param_groups:
-                if (rule := recognise(optimizer, group)) is not None:
-                    kernel_for(device).prepare(rule)
+        for device in devices if optimizers else ():
+            kernel = kernel_for(device)  # gradients need it without a rule, too
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    if (rule := recognise(optimizer, group)) is not None:
+                        kernel.prepare(rule)
     except (ValueError, UnavailableError) as error:
         raise ConfigurationError(str(error)) from error
 

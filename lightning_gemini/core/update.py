@@ -25,11 +25,11 @@ from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.collectives import Pending
-from lightning_gemini.core.elementwise import unhooked_step
 from lightning_gemini.core.errors import StateError
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Store
+from lightning_gemini.core.trial import unhooked_step
 
 
 class OptimizerOnChunks:

@@ -43,8 +43,7 @@ class Verdict:
         self._ballot = ballot
         self._buffers = buffers
         self._suspect = suspect
-        self._scale = policy.loss_scale
-        self._nonfinite = policy.nonfinite
+        self._policy = policy
         self._used: list[Tensor] = []
 
     def note_use(self, gradient: ChunkGradient) -> None:
@@ -65,15 +64,16 @@ class Verdict:
         sound = self._vote(chunks, inspect)
         broken = None if sound else self._first_broken(chunks)
         scales = [gradient.tried_scale for gradient in chunks if any(gradient.used)]
+        scale = self._policy.loss_scale
         if broken is None:
-            if self._scale is not None and scales:
-                self._scale.update(overflow=False)
+            if scale is not None and scales:
+                scale.update(overflow=False)
             return True
         self._gradients.discard(chunks)
         self._store.counters.skipped += 1
-        if self._scale is not None:
-            self._lower(self._scale, max(scales, default=self._scale.value), broken)
-        elif self._nonfinite == "skip":
+        if scale is not None:
+            self._lower(scale, max(scales, default=scale.value), broken)
+        elif self._policy.nonfinite == "skip":
             warnings.warn(f"the gradient of {broken} is not finite: the step is skipped on all ranks", stacklevel=2)
         else:
             raise NonFiniteError(
