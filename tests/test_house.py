@@ -47,6 +47,7 @@ ROOMS = [
     ["core.chunk"],
     ["core.collectives", "core.masters"],
     ["core.update_policy"],
+    ["core.timeline"],
     ["core.blocks", "core.units", "core.layout", "core.memory", "core.dtypes", "core.peers", "core.inert"],
     ["core.errors"],
     ["optim"],
