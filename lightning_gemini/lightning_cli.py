@@ -20,6 +20,10 @@ MORE_HELP = (
     "Settings of the default model and data: --model.help CausalLM and --data.help TextData. "
     "Any LightningModule and LightningDataModule can take their place: --model my_module.MyModel."
 )
+REPORT_HELP = (
+    "Without a Trainer: lightning-gemini report RUN_DIR prints the memory report of a run and draws one of its steps; "
+    "see lightning-gemini report --help."
+)
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 200
 PROMPT_ROOM = 8  # positions kept for the prompt
@@ -47,6 +51,7 @@ class GeminiCLI(LightningCLI):
             parser_kwargs={
                 "parser_mode": "omegaconf",
                 "description": DESCRIPTION,
+                "epilog": REPORT_HELP,
                 **{name: {"epilog": MORE_HELP} for name in self.subcommands()},
             },
             args=args,

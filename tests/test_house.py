@@ -18,7 +18,8 @@ PACKAGE = ROOT / "lightning_gemini"
 #: From the top: a file imports from later rows only.
 ROOMS = [
     ["cli"],
-    ["lightning_cli"],
+    ["lightning_cli", "report_cli"],
+    ["picture"],
     ["causal_lm", "callbacks", "averaging"],
     ["data"],
     ["text"],
