@@ -48,6 +48,8 @@ ROOMS = [
     ["core.chunk"],
     ["core.collectives", "core.masters"],
     ["core.update_policy"],
+    ["core.slabs"],
+    ["core.pinning", "core.streams"],
     ["core.timeline"],
     ["core.blocks", "core.units", "core.layout", "core.memory", "core.dtypes", "core.peers", "core.inert"],
     ["core.errors"],
