@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lightning_gemini import GeminiPrecision, GeminiStrategy
-from lightning_gemini.core import Home, shard
+from lightning_gemini.core import Home, pinning, shard
+from lightning_gemini.core.memory import Tier
+from lightning_gemini.core.slabs import Slabs
+from lightning_gemini.core.streams import Stopwatch, lanes
 from lightning_gemini.optim.adam import Adam
 from lightning_gemini.optim.kernel import Kernel, kernel_for
 from lightning_gemini.optim.operands import Operands
@@ -138,6 +141,87 @@ def test_an_update_waits_for_nothing() -> None:
         kernel.square_sum(operands.grad)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def _slabs() -> Slabs:
+    return Slabs(Tier("host", torch.device("cpu")), pin=True)
+
+
+def test_slabs_are_pinned_until_they_are_closed() -> None:
+    slabs, numel = _slabs(), 3 * 2**18 + 64
+    slabs.reserve([4 * numel] * 2, "a test")
+    tensors = [slabs.get(numel, torch.float32, "a test"), slabs.get(2 * numel, torch.bfloat16, "a test")]
+    assert all(tensor.is_pinned() for tensor in tensors)
+    assert slabs.pinned_bytes == slabs.reserved_bytes == 2 * 4 * numel
+    for tensor in tensors:
+        there = torch.randn(tensor.numel(), device="cuda").to(tensor.dtype)
+        tensor.copy_(there)
+        assert torch.equal(tensor.cuda(), there)
+    slabs.close()
+    assert not any(tensor.is_pinned() for tensor in tensors)
+
+
+def test_memory_that_cannot_be_pinned_is_pageable_and_no_kernel_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning, "_warned", False)
+    slabs = _slabs()
+    tensor = slabs.get(2**20, torch.float32, "a test")
+    with pytest.warns(UserWarning, match=r"again: 4\.00 MiB of host memory cannot be pinned .*already.*CUDA error 712"):
+        assert pinning.pin(tensor, slabs, "again") is None
+    assert torch.ones(1, device="cuda").add_(1).item() == 2
+    slabs.close()
+
+
+def test_lanes_copy_after_what_was_computed_and_before_what_is() -> None:
+    slabs, numel = _slabs(), 2**24
+    host, other = (slabs.get(numel, torch.float32, "a test").fill_(3) for _ in range(2))
+    fetch, offload = lanes(torch.device("cuda", 0))
+    out, into = (torch.empty(numel, device="cuda") for _ in range(2))
+    result = torch.zeros((), device="cuda")
+    torch.sum(torch.ones(1, device="cuda").fill_(2), dim=0, out=result)  # loads the kernels, which may wait
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(200_000_000)  # clock cycles, about 0.1 s
+        out.fill_(1)
+        into.fill_(0)
+        with offload.after_compute():
+            host.copy_(out, non_blocking=True)
+        with fetch.after_compute():
+            into.copy_(other, non_blocking=True)
+        offloaded, fetched = offload.mark(), fetch.mark()
+        assert not offloaded.over()
+        assert not fetched.over()
+        offloaded.join()
+        out.fill_(2)  # not before it is copied
+        fetched.join()
+        torch.sum(into, dim=0, out=result)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    offloaded.wait()
+    assert offloaded.over()
+    assert (host == 1).all()
+    assert result.item() == 3 * numel
+    slabs.close()
+
+
+def test_the_stopwatch_tells_how_long_compute_waited() -> None:
+    device = torch.device("cuda", 0)
+    fetch, _ = lanes(device)
+    watch = Stopwatch(device)
+    torch.cuda.synchronize()
+    with fetch.after_compute():
+        torch.cuda._sleep(200_000_000)
+    with watch.measure():
+        fetch.mark().join()
+    assert watch.seconds() == 0  # nobody waited for it
+    torch.cuda.synchronize()
+    waited = watch.seconds()
+    assert 0.03 < waited < 1
+    with watch.measure():
+        fetch.mark().join()
+    torch.cuda.synchronize()
+    assert watch.seconds() - waited < 0.01
 
 
 def _allocated() -> int:

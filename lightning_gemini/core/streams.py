@@ -1,0 +1,138 @@
+"""Lanes: copies between device and host that run beside the compute stream, one stream for each direction.
+
+The rules that keep device memory safe without ``record_stream`` are those of FSDP2 (``torch.distributed.fsdp``): memory
+is allocated and freed on the compute stream; a copy stream waits for what the compute stream has been given before it
+touches memory that was allocated there; the compute stream waits for a copy before it uses or frees what was copied.
+The compute stream is whatever stream is current where a method is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+
+class Mark(Protocol):
+    """A point in a lane's work."""
+
+    def join(self) -> None:
+        """The compute stream waits for it before it goes on; the host does not wait."""
+
+    def wait(self) -> None:
+        """The host waits for it."""
+
+    def over(self) -> bool:
+        """Whether all work before it is done; does not wait."""
+
+
+class _Passed:
+    """The mark of work that was done when it was issued."""
+
+    def join(self) -> None:
+        return
+
+    def wait(self) -> None:
+        return
+
+    def over(self) -> bool:
+        return True
+
+
+class _EventMark:
+    """The mark of work on a CUDA stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._device, self._event = stream.device, torch.cuda.Event()
+        self._event.record(stream)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def over(self) -> bool:
+        return bool(self._event.query())
+
+
+class Lane:
+    """One copy stream of ``device``. Off CUDA there are none: work runs at once and marks are over when made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def after_compute(self) -> Iterator[None]:
+        """Work issued inside runs on this lane, after what the compute stream has been given so far.
+
+        Nothing may be allocated inside: the memory would belong to the lane, not to the compute stream. Copies want
+        ``non_blocking=True`` and pinned memory; others keep the host until they are over.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> Mark:
+        """The mark of what has been issued on this lane so far.
+
+        The compute stream joins it before it uses, changes or frees what was copied; the host waits for it before it
+        does so. What another lane is to do after it joins it inside that lane's ``after_compute``.
+        """
+        return _Passed() if self._stream is None else _EventMark(self._stream)
+
+
+def lanes(device: torch.device) -> tuple[Lane, Lane]:
+    """The lanes for fetches (host to device) and for offloads (device to host), which may run at the same time."""
+    return Lane(device), Lane(device)
+
+
+class Stopwatch:
+    """Adds up how long the compute stream of ``device`` waited, without making the host wait for it.
+
+    On CUDA a measurement is a pair of timing events on the compute stream, which are read when they have passed. Off
+    CUDA it is what the host takes: there the work itself is what blocks, so it belongs inside the measurement.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Counts what is inside, such as ``mark.join()``; not if it raises."""
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+            return
+        self._resolve()  # so that events do not pile up where nobody asks
+        compute = torch.cuda.current_stream(self._device)
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record(compute)
+        yield
+        after.record(compute)
+        self._pending.append((before, after))
+
+    def seconds(self) -> float:
+        """The sum of all measurements that are over, in seconds; it never falls.
+
+        On CUDA those that the device has not come to yet are missing: ask where the host has waited for the device
+        anyway, as after reading a loss. An empty measurement counts a few microseconds.
+        """
+        self._resolve()
+        return self._seconds
+
+    def _resolve(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            before, after = self._pending.popleft()
+            self._seconds += before.elapsed_time(after) / 1000
