@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_gemini.budgets import Budgets
 from lightning_gemini.core import ConfigurationError, Engine, UpdatePolicy, shard
 from lightning_gemini.core.construct import leave_meta, load_on_meta, return_to_meta, to_host
-from lightning_gemini.core.memory import available_bytes, parse_bytes
 from lightning_gemini.even import even, require_even
 from lightning_gemini.handover import hand_back
 from lightning_gemini.precision import GeminiPrecision
@@ -33,10 +33,6 @@ Placement = Literal["auto", "device", "host", "cuda", "cpu"]
 
 _PLACEMENTS = {"auto": "auto", "device": "device", "cuda": "device", "host": "host", "cpu": "host"}
 
-#: The share of the free device memory that chunks may use unless device_memory says otherwise; the rest is for
-#: activations.
-_AUTO_SHARE = 0.5
-
 
 class GeminiStrategy(RankStrategy):
     """Trains models that do not fit one device: parameters, gradients and optimizer states in sharded chunks.
@@ -45,12 +41,17 @@ class GeminiStrategy(RankStrategy):
 
     Args:
         placement: Where parameters and optimizer states live between uses. "device" (or "cuda") keeps them there,
-            "host" (or "cpu") keeps them in host memory and brings to the device what is being computed, "auto" does
-            the first if it fits, else the second.
-        device_memory: Bytes that chunks may use on each device: a number, a text such as "20GiB", or "auto" for half of
-            what is free. On the CPU accelerator a number emulates a device of that size, and "auto" sets no bound.
+            "host" (or "cpu") keeps them in host memory and brings to the device what is being computed, "auto" keeps
+            everything on the device if it fits; else it records one step and plans what is best where and when.
+        device_memory: Bytes that this process may use on its device, activations included: a number, a text such as
+            "20GiB", or "auto" for what is free. On the CPU accelerator a number emulates a device of that size for
+            chunks and gradients (activations are not counted there), and "auto" sets no bound.
         host_memory: Bytes that chunks may use in host memory, for each process, in the same forms; "auto" for an equal
             share of what is free.
+        margin: The share of device_memory that plans leave free, for batches that take more than the recorded one;
+            "auto" is 0.1, and 0 on the CPU accelerator.
+        prefetch: The most chunks that are brought to the device ahead of their need; "auto" for as many as there is
+            room for.
         chunk_size: Elements in a chunk; "auto" searches for the size that wastes the least.
         unit_modules: Classes of modules (by name) whose parameters become usable together; by default each module that
             owns parameters is on its own. Name a module that contains rank-dependent control flow.
@@ -80,6 +81,8 @@ class GeminiStrategy(RankStrategy):
         placement: Placement = "auto",
         device_memory: int | float | str = "auto",
         host_memory: int | float | str = "auto",
+        margin: float | Literal["auto"] = "auto",
+        prefetch: int | Literal["auto"] = "auto",
         chunk_size: int | Literal["auto"] = "auto",
         unit_modules: list[str] | None = None,
         update: Literal["at_step", "in_backward"] = "at_step",
@@ -107,9 +110,11 @@ class GeminiStrategy(RankStrategy):
             raise ConfigurationError(f"placement must be one of {', '.join(_PLACEMENTS)}, got {placement!r}.")
         if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size > 0):
             raise ConfigurationError(f"chunk_size must be 'auto' or a positive number of elements, got {chunk_size!r}.")
+        if prefetch != "auto" and (type(prefetch) is not int or prefetch < 0):
+            raise ConfigurationError(f"prefetch must be 'auto' or a number of chunks from 0 on, got {prefetch!r}.")
+        self._prefetch = None if prefetch == "auto" else int(prefetch)
         self._placement = _PLACEMENTS[placement]
-        self._device_memory = None if device_memory == "auto" else parse_bytes(device_memory, "device_memory")
-        self._host_memory = None if host_memory == "auto" else parse_bytes(host_memory, "host_memory")
+        self._budgets = Budgets(device_memory, host_memory, margin)
         self._chunk_size = chunk_size
         self._unit_modules = unit_modules or ()
         UpdatePolicy(update)  # raises if there is no such time
@@ -209,7 +214,6 @@ class GeminiStrategy(RankStrategy):
 
     def _shard(self, unbuilt: set[nn.Parameter]) -> Engine:
         assert self.model is not None
-        device_memory, host_memory = self._budgets()
         group, reduce_group = self.make_groups()
         return shard(
             self.model,
@@ -218,9 +222,10 @@ class GeminiStrategy(RankStrategy):
             reduce_group=reduce_group,
             device=self.root_device,
             placement=self._placement,  # type: ignore[arg-type]
-            device_memory=device_memory,
-            host_memory=host_memory,
+            device_memory=self._budgets.device_bytes(self.root_device),
+            host_memory=self._budgets.host_bytes(self.num_processes),
             chunk_size=self._chunk_size,
+            prefetch=self._prefetch,
             unit_modules=self._unit_modules,
             policy=self.precision_plugin.policy,
             update=self.precision_plugin.update_policy(self._update),
@@ -237,16 +242,6 @@ class GeminiStrategy(RankStrategy):
                 "GeminiStrategy contradict each other, and Lightning would ignore the first. Give one of them."
             )
 
-    def _budgets(self) -> tuple[int | None, int | None]:
-        device, host = self._device_memory, self._host_memory
-        if device is None and self.root_device.type != "cpu":
-            free = available_bytes(self.root_device)
-            device = None if free is None else int(free * _AUTO_SHARE)
-        if host is None:
-            free = available_bytes(torch.device("cpu"))
-            host = None if free is None else free // max(self.num_processes, 1)
-        return device, host
-
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
@@ -261,7 +256,7 @@ class GeminiStrategy(RankStrategy):
     def teardown(self) -> None:
         if self._engine is not None:
             parted = self._failed and self.world_size > 1
-            hand_back(self._engine, parted, self._budgets()[1])
+            hand_back(self._engine, parted, self._budgets.host_bytes(self.num_processes))
             self._engine = None
         if isinstance(self._precision_plugin, GeminiPrecision):
             self._precision_plugin.engine = None

@@ -161,9 +161,9 @@ def test_parameters_start_at_blocks_only_where_states_have_some() -> None:
 def test_the_trial_sees_cuts_through_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = bnb.optim.AdamW8bit([nn.Parameter(torch.ones(8))], lr=0.01)
     trial = (optimizer, optimizer.param_groups[0], torch.device("cpu"), 8)
-    assert try_on_pieces(*trial) is None
+    assert try_on_pieces(*trial).problem is None
     monkeypatch.setattr("lightning_gemini.core.trial._CUT_IN_BLOCKS", 3 * BLOCK + 64)
-    assert "not the update of the same numbers" in (try_on_pieces(*trial) or "")
+    assert "not the update of the same numbers" in (try_on_pieces(*trial).problem or "")
 
 
 @pytest.mark.parametrize("name", ["LAMB", "LAMB8bit", "LARS", "LARS8bit"])

@@ -54,17 +54,18 @@ def straight(units: int) -> nn.Sequential:
 def test_a_straight_model_unshards_every_chunk_twice_less_those_at_the_turn(home: Home) -> None:
     model = straight(8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = shard(model, [optimizer], home=home, chunk_size=1088)
+    engine = shard(model, [optimizer], home=home, chunk_size=1088, prefetch=0)
     assert len(engine.layout.chunks) == 8
-    for _ in range(3):
+    # recorded, the last two of the forward are still there when the backward begins with them; planned, there is room
+    # for three beside the last one
+    for turn in (2, 4, 4):
         before = copy.copy(engine.counters)
         model(torch.randn(4, 32)).sum().backward()
         optimizer.step()
-        # the last two of the forward are still there when the backward begins with them
-        assert engine.counters.unshards - before.unshards == 2 * 8 - 2
+        assert engine.counters.unshards - before.unshards == 2 * 8 - turn
         shard_bytes = engine.layout.nbytes
         fetched = engine.counters.fetched_bytes - before.fetched_bytes
-        assert fetched == (14 * 1088 * 4 if home is Home.HOST else 0)
+        assert fetched == ((16 - turn) * 1088 * 4 if home is Home.HOST else 0)
         assert engine.counters.offloaded_bytes - before.offloaded_bytes == (shard_bytes if home is Home.HOST else 0)
 
 
@@ -79,9 +80,11 @@ def test_kept_chunks_are_never_moved() -> None:
 def test_idle_chunks_are_freed_oldest_first() -> None:
     model = straight(5)
     engine = shard(model, home=Home.DEVICE, chunk_size=1088)
-    with torch.no_grad():
+    states = []
+    with torch.no_grad(), engine.forward():
         model(torch.randn(1, 32))
-    assert [chunk.state for chunk in engine.store.chunks] == [ChunkState.FREE] * 3 + [ChunkState.HELD] * 2
+        states += [chunk.state for chunk in engine.store.chunks]
+    assert states == [ChunkState.FREE] * 3 + [ChunkState.HELD] * 2
 
 
 def test_a_freed_parameter_keeps_its_shape_reads_nan_and_refuses_writes() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.chunk import Chunk
 from lightning_gemini.core.errors import HiddenReadError, StaleGraphError, StateError
 from lightning_gemini.core.units import Unit
 
@@ -115,9 +115,8 @@ class SavedTensors:
 
     def __init__(self, chunks: Sequence[Chunk], fetch: Callable[[Chunk], None]) -> None:
         self._fetch = fetch
-        moved = [c for c in chunks if c.home is not Home.FULL]
-        self._by_storage: dict[int, Chunk | str] = {c.full.untyped_storage()._cdata: c for c in moved}
-        self._by_storage |= {cdata: name for c in moved for name, cdata in c.placeholder_storages()}
+        self._by_storage: dict[int, Chunk | str] = {c.full.untyped_storage()._cdata: c for c in chunks}
+        self._by_storage |= {cdata: name for c in chunks for name, cdata in c.placeholder_storages()}
 
     def chunk_of(self, tensor: Tensor) -> Chunk | None:
         """The chunk that ``tensor`` is an alias of, if it may be freed."""

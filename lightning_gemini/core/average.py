@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lightning_gemini.core.chunk import Chunk
 from lightning_gemini.core.errors import ConfigurationError
+from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.store import Store, flatten_like
 
 
@@ -26,12 +28,18 @@ class ShardAverage:
         self._renew = renew
         self._averages: dict[int, Tensor] = {}
         self._backups: dict[int, Tensor] = {}
+        self._counted: Counter[int] = Counter()
+        store.beside.append(self)
         for chunk in store.chunks:
             if chunk.spec.kind.updated and chunk.spec.kind.dtype.is_floating_point:
                 truth = self._store.truth(chunk)
                 self._store.tier_of(chunk).take(truth.numel() * 4, f"the average of chunk {chunk.index}")
+                # and as much as it replaces while it is applied
+                self._counted[chunk.index] = truth.numel() * 4 + truth.nbytes
                 with torch.inference_mode(False):
                     self._averages[chunk.index] = truth.detach().to(torch.float32, copy=True)
+
+        store.extra_bytes.update(self._counted)
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
@@ -107,8 +115,27 @@ class ShardAverage:
         """Gives the memory back."""
         self.keep()
         for index, average in self._averages.items():
-            self._store.tier_of(self._store.chunks[index]).give(average.nbytes)
+            chunk = self._store.chunks[index]
+            self._store.tier_of(chunk).give(average.nbytes)
         self._averages.clear()
+        self._store.extra_bytes.subtract(self._counted)
+        self._counted.clear()
+        if self in self._store.beside:
+            self._store.beside.remove(self)
+
+    def beside_bytes(self, chunk: Chunk) -> int:
+        """Bytes of the average of ``chunk``, and of the weights whose place it has taken."""
+        held = (self._averages.get(chunk.index), self._backups.get(chunk.index))
+        return sum(value.nbytes for value in held if value is not None)
+
+    def move(self, chunk: Chunk, tier: Tier) -> None:
+        """Moves what belongs to ``chunk`` to another tier."""
+        for held in (self._averages, self._backups):
+            if (value := held.get(chunk.index)) is not None:
+                tier.take(value.nbytes, f"the average of chunk {chunk.index}")
+                self._store.tier_of(chunk).give(value.nbytes)
+                with torch.inference_mode(False):
+                    held[chunk.index] = torch.empty_like(value, device=tier.device).copy_(value)
 
     def _write(self, chunk: Chunk, values: Tensor) -> None:
         self._put(chunk, values)

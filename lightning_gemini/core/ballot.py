@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState
-from lightning_gemini.core.gradients import Gradients, square_sum
+from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState, square_sum
+from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.store import Store
 
 

@@ -17,6 +17,7 @@ class ChunkState(Enum):
     """What a chunk's unsharded storage is doing, and the device memory that costs."""
 
     FREE = "free"  #: no storage; its parameters are shape-only placeholders
+    COMING = "coming"  #: a storage that is being filled; its parameters are placeholders still: ``numel`` elements
     HELD = "held"  #: unsharded and idle: ``numel`` elements
     COMPUTE = "compute"  #: unsharded and in use by a unit or by autograd: ``numel`` elements
 
@@ -30,7 +31,9 @@ class Home(Enum):
 
 
 _TRANSITIONS = {
-    (ChunkState.FREE, ChunkState.HELD),
+    (ChunkState.FREE, ChunkState.COMING),
+    (ChunkState.COMING, ChunkState.HELD),
+    (ChunkState.COMING, ChunkState.FREE),  # it could not be filled
     (ChunkState.HELD, ChunkState.FREE),
     (ChunkState.HELD, ChunkState.COMPUTE),
     (ChunkState.COMPUTE, ChunkState.HELD),
@@ -57,10 +60,10 @@ class Chunk:
         specs: Sequence[ParamSpec],
         params: Sequence[nn.Parameter],
         home: Home,
+        shard: Tensor | None,
         rank: int,
         world_size: int,
         device: torch.device,
-        host: torch.device,
     ) -> None:
         self.spec = spec
         self.params = tuple(params)
@@ -79,11 +82,10 @@ class Chunk:
             self.tag = self.full.view(torch.uint8)[-4:].view(torch.int32)
             self._views = tuple(self.view_in(self.full, slot) for slot in range(len(specs)))
             self._placeholders = tuple(placeholder(info.shape, dtype, device) for info in specs)
-            if home is Home.FULL:
-                self.shard = self.own
+            self.shard = self.own if shard is None else shard
+            if shard is None:
                 self._point_params_at(self._views)
             else:
-                self.shard = torch.zeros(numel, dtype=dtype, device=device if home is Home.DEVICE else host)
                 self.full.untyped_storage().resize_(0)
                 self._point_params_at(self._placeholders)
 
@@ -94,19 +96,24 @@ class Chunk:
     @property
     def resident(self) -> bool:
         """Whether the chunk is unsharded, so that its parameters have their values."""
-        return self.state is not ChunkState.FREE
+        return self.state in (ChunkState.HELD, ChunkState.COMPUTE)
 
     def allocate(self) -> None:
-        """Gives ``full`` its storage, with undefined content."""
+        """FREE -> COMING: gives ``full`` its storage, with undefined content."""
+        self._move(ChunkState.COMING)
         self.full.untyped_storage().resize_(self.spec.nbytes)
 
     def hold(self) -> None:
-        """FREE -> HELD, once ``full`` has been filled: the parameters see their values."""
+        """COMING -> HELD, once ``full`` has been filled: the parameters see their values."""
         self._move(ChunkState.HELD)
         self._point_params_at(self._views)
 
+    def settle(self, home: Home, shard: Tensor) -> None:
+        """Gives the chunk another home; ``shard`` holds its values there, and is :attr:`own` where that is FULL."""
+        self.home, self.shard = home, shard
+
     def free(self) -> None:
-        """HELD -> FREE: the parameters become placeholders and the storage goes."""
+        """HELD or COMING -> FREE: the parameters become placeholders and the storage goes."""
         if self.home is Home.FULL:
             raise StateError(f"chunk {self.index} lives in its unsharded storage and cannot be freed")
         if not self.full.untyped_storage().resizable():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_gemini.core.chunk import Chunk
 from lightning_gemini.core.errors import StateError
+from lightning_gemini.optim.kernel import kernel_for
 
 
 class GradientState(Enum):
@@ -45,7 +46,7 @@ class ChunkGradient:
         tried_scale: the largest loss scale that a part of it came with.
         clip: an fp32 scalar where the shard is, or ``None``.
         limit: the largest absolute value of a scaled element; a number, or an fp32 scalar where the shard is.
-        square_sum: of the shard as it is, if it is known: a scalar where the shard is.
+        square_sum: of the shard as it is, if it is known: a scalar, on the device or where the shard is.
         used: for each slot, whether a gradient has come since the last step (on any rank, once the ranks have agreed).
     """
 
@@ -138,12 +139,18 @@ class ChunkGradient:
         assert self.shard is not None
         assert self.square_sum is not None
         # a limit would hide an infinity that nobody has looked for
-        self.shard.copy_(torch.where(self.square_sum.isfinite(), self.scaled(), math.nan))
+        sound = self.square_sum.to(self.shard.device).isfinite()
+        self.shard.copy_(torch.where(sound, self.scaled(), math.nan))
         self.forget_scaling()
 
     def forget_scaling(self) -> None:
         """The shard is new, or gone."""
         self.loss_scale, self.clip, self.limit, self.square_sum = 1.0, None, math.inf, None
+
+    def bring_scaling(self, device: torch.device) -> None:
+        """The shard is on another device now: what scales it goes there."""
+        self.clip = self.clip if self.clip is None else self.clip.to(device)
+        self.limit = self.limit.to(device) if isinstance(self.limit, Tensor) else self.limit
 
     def clip_by(self, factor: Tensor) -> None:
         """Scales the gradient by ``factor`` (an fp32 scalar where the shard is)."""
@@ -170,3 +177,22 @@ class ChunkGradient:
             self._arrivals[slot] = 0
         self._missing = len(self._arrivals)
         self.reduced = False
+
+
+def square_sum(gradient: ChunkGradient) -> Tensor:
+    """The sum of the squares of a gradient's shard, which it must have, as it is: a scalar.
+
+    It is on the device if it was taken there, else where the shard is.
+    """
+    if gradient.square_sum is None:
+        assert gradient.shard is not None
+        gradient.square_sum = square_sum_of(gradient.shard)
+    return gradient.square_sum
+
+
+def square_sum_of(shard: Tensor) -> Tensor:
+    """The sum of the squares of a shard; a scalar where it is."""
+    if shard.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return kernel_for(shard.device).square_sum(shard)
+    norm: Tensor = torch.linalg.vector_norm(shard)
+    return norm.square()

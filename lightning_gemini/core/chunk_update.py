@@ -14,15 +14,14 @@ from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.masters import Master
+from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.segments import Segment, SegmentedShard
+from lightning_gemini.core.state_width import RULED
 from lightning_gemini.core.store import Store
 from lightning_gemini.optim.kernel import kernel_for
 from lightning_gemini.optim.operands import Operands
 from lightning_gemini.optim.recognise import recognise
 from lightning_gemini.optim.rule import Rule, count_step
-
-#: What a rule's arithmetic, which is in fp32, can read and write.
-_RULED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ChunkUpdate:
@@ -44,7 +43,6 @@ class ChunkUpdate:
         self.optimizer = optimizer
         self._store = store
         self._policy = policy
-        self._tier = store.tier_of(self.chunk)
         self.state_bytes = 0
         self._origin = store.collectives.rank * self.chunk.shard.numel()
         self._ready: list[Segment] = []  # for a rule
@@ -65,6 +63,10 @@ class ChunkUpdate:
         return SegmentedShard(self.gradient.spans, self.chunk.shard.device, self._bits)
 
     @property
+    def _tier(self) -> Tier:
+        return self._store.tier_of(self.chunk)
+
+    @property
     def is_new(self) -> bool:
         """Whether there has been neither an update nor any state of the optimizer."""
         return "shard" not in self.__dict__
@@ -82,7 +84,7 @@ class ChunkUpdate:
             ConfigurationError: there is none any more, but states that only a rule can go on from.
         """
         dtype = self.chunk.spec.kind.dtype
-        if dtype not in _RULED or (dtype == torch.float16 and not self._policy.needs_master(dtype)):
+        if dtype not in RULED or (dtype == torch.float16 and not self._policy.needs_master(dtype)):
             return None
         rule = recognise(self.optimizer, self._group)
         if rule is None and self._policy.state != torch.float32:
@@ -177,7 +179,7 @@ class ChunkUpdate:
         for _, flat in self._offered:  # of a step that failed
             self.optimizer.state.pop(flat, None)
         self._offered = []
-        self._tier.give(self._transient_bytes)
+        self._tier.give(self._transient_bytes, work=True)
         self._transient_bytes = 0
 
     def _count_transient(self, values: Tensor, grad: Tensor) -> None:
@@ -186,7 +188,7 @@ class ChunkUpdate:
         kept |= {part.untyped_storage()._cdata for part in (self.gradient.shard,) if part is not None}
         kept |= {self.master.part.untyped_storage()._cdata} if self.master is not None else set()
         nbytes = sum(t.nbytes for t in (values, grad) if t.untyped_storage()._cdata not in kept)
-        self._tier.take(nbytes, f"the update of chunk {self.chunk.index}")
+        self._tier.take(nbytes, f"the update of chunk {self.chunk.index}", work=True)
         self._transient_bytes += nbytes
 
     def count_state(self) -> None:
@@ -197,6 +199,18 @@ class ChunkUpdate:
         self._tier.give(self.state_bytes)
         self.state_bytes = 0
         self._take(sum(nbytes.values()))
+
+    def move(self, tier: Tier) -> None:
+        """Moves the optimizer's state to another tier.
+
+        Raises:
+            OutOfBudgetError: there is no room; nothing has moved.
+        """
+        if self.is_new:
+            return
+        tier.take(self.state_bytes, f"the optimizer state of chunk {self.chunk.index}")
+        self._tier.give(self.state_bytes)
+        self.shard.move(tier.device)
 
     def forget_state(self) -> None:
         """Drops the optimizer's state."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,26 +29,32 @@ _REASONS = {
 }
 
 
-def require_elementwise(optimizer: Optimizer, name: str, device: torch.device) -> None:
+def require_elementwise(optimizer: Optimizer, name: str, device: torch.device) -> list[float]:
     """Runs the optimizer's rule on a matrix and on the same numbers in two flat pieces, one by one, and compares.
 
     Groups that differ in their learning rates only are tried once.
+
+    Returns:
+        for each group the elements of state that each element of a parameter gets.
 
     Raises:
         ConfigurationError: they differ, so shards would be updated wrongly; ``name`` says which optimizer it is.
     """
     cls = type(optimizer).__name__
-    tried: list[dict[str, Any]] = []
+    tried: list[tuple[dict[str, Any], float]] = []
+    states: list[float] = []
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
-        if not group["params"] or _among(settings, tried):
+        known = next((count for other, count in tried if _equal(settings, other)), None)
+        if known is not None or not group["params"]:
+            states.append(known or 0.0)
             continue
-        tried.append(settings)
-        problem = None
+        problem, count = None, 0.0
         for bits in (32, 8) if in_blocks(optimizer) else (0,):
             try:
                 with torch.random.fork_rng(devices=[]):
-                    problem = problem or try_on_pieces(optimizer, group, device, bits)
+                    outcome = try_on_pieces(optimizer, group, device, bits)
+                problem, count = problem or outcome.problem, max(count, outcome.states)
             except Exception as error:  # whatever the rule says to flat parameters
                 problem = f"on flat shards its step fails with {type(error).__name__}: {error}"
         if problem or scales_by_norm(optimizer):
@@ -59,15 +64,14 @@ def require_elementwise(optimizer: Optimizer, name: str, device: torch.device) -
                 "element-wise optimizer, one whose update of each element depends on that element's gradient and "
                 "state only, such as AdamW, Adam, SGD, Adagrad, RMSprop or Lion."
             )
+        tried.append((settings, count))
+        states.append(count)
+    return states
 
 
-def _among(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> bool:
-    """Whether ``others`` has the same; a tensor among them is only the same as itself."""
-    return any(
-        settings.keys() == other.keys()
-        and all(
-            value is other[key] or (not isinstance(value, Tensor) and value == other[key])
-            for key, value in settings.items()
-        )
-        for other in others
+def _equal(settings: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether both are the same; a tensor among them is only the same as itself."""
+    return settings.keys() == other.keys() and all(
+        value is other[key] or (not isinstance(value, Tensor) and value == other[key])
+        for key, value in settings.items()
     )

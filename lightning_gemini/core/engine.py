@@ -16,20 +16,21 @@ from lightning_gemini.core.average import ShardAverage
 from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient
-from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError, StateError
+from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.gradients import Gradients
-from lightning_gemini.core.guard import Guard
+from lightning_gemini.core.guard import Guard, require_same_parameters
 from lightning_gemini.core.layout import Layout
 from lightning_gemini.core.norms import Norms
 from lightning_gemini.core.optimizers import Optimizers
+from lightning_gemini.core.placement import Placement, PlacementPolicy
 from lightning_gemini.core.report import memory_report
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.step import Step
 from lightning_gemini.core.store import Counters, Store
 from lightning_gemini.core.summon import Summoner
+from lightning_gemini.core.timeline import Timeline
 from lightning_gemini.core.units import Unit
-from lightning_gemini.core.update_policy import UpdatePolicy
 from lightning_gemini.core.verdict import Verdict
 
 
@@ -58,8 +59,8 @@ class Engine:
         store: Store,
         optimizers: Sequence[Optimizer],
         units: Sequence[Unit],
-        policy: DtypePolicy,
-        update: UpdatePolicy,
+        footprints: Footprints,
+        placement: PlacementPolicy,
         check: bool = False,
     ) -> None:
         self.model = model
@@ -69,8 +70,10 @@ class Engine:
         self._torn = False
         self._params = list(params)
         self._index_of = {param: index for index, param in enumerate(params)}
-        self._schedule = Schedule(store)
+        policy, update = footprints.policy, footprints.update
+        self._schedule = Schedule(store, lambda: self._step.kind)
         self._gradients = Gradients(store, policy)
+        self._placement = Placement(store, self._schedule, self._gradients, footprints, placement, bool(optimizers))
         self._update = update
         self._ballot = Ballot(store, self._gradients)
         self._norms = Norms(store, self._ballot)
@@ -78,17 +81,9 @@ class Engine:
         self._buffers = Buffers(model, store.collectives)
         self._buffers.sync_all()
         self.units = list(units)
-        self._step = Step(
-            params,
-            self.units,
-            store,
-            self._schedule,
-            self._gradients,
-            check,
-            lambda: self._phase is Phase.LIVE,
-            self.abort,
-        )
-        self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: self._phase is not Phase.LIVE)
+        live, recorded = self._is_live, self._placement.recorded
+        self._step = Step(params, self.units, store, self._schedule, self._gradients, check, live, self.abort, recorded)
+        self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: not self._is_live())
         self._verdict = Verdict(store, self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, update)
         self.optimizers = Optimizers(
             optimizers,
@@ -101,6 +96,7 @@ class Engine:
             self._may_update,
             self._guard.updated,
             self._step.stand_ins.forget,
+            self._after_update,
         )
         if update.when == "in_backward":
             self._gradients.consume = self._consume
@@ -287,9 +283,27 @@ class Engine:
         return ShardAverage(self.store, self._schedule.renew)
 
     def memory_report(self) -> str:
-        """This rank's bytes per tier, now and at the peak, and what has been moved."""
+        """This rank's chunks and bytes per tier, now and at the peak, what a step moves, and what has been moved."""
         updates = (update for chunks in self.optimizers for update in chunks.updates)
-        return memory_report(self.store, self.moving, updates, waiting=self._gradients.consume is None)
+        return memory_report(
+            self.store, self._schedule.playbook.known, updates, waiting=self._gradients.consume is None
+        )
+
+    def timeline(self) -> Timeline:
+        """One step that went by its plan, as data to be drawn; without moments if there was none."""
+        return self._schedule.journal.timeline(self.memory_report())
+
+    def rebudget(self, device_memory: int | None) -> None:
+        """Plans for another size of the device from now on; between two steps, and all ranks call.
+
+        Args:
+            device_memory: bytes that chunks may use on the device, ``None`` for no bound; the ranks' least counts.
+
+        Raises:
+            OutOfBudgetError: what is known of the steps does not fit; the old size stays.
+        """
+        self._require_live("change its memory")
+        self._placement.rebudget(device_memory)
 
     def release(self, keep_weights: bool = True) -> bool:
         """Makes the model an ordinary module again, and the optimizers ordinary ones without state.
@@ -341,21 +355,20 @@ class Engine:
     def check_model(self) -> None:
         """Raises ConfigurationError if the model has other parameters than when it was laid out, StateError if one was
         given other values or another dtype since."""
-        now = dict.fromkeys(self.model.parameters())
-        new = [name for name, param in self.model.named_parameters() if param not in self._index_of]
-        gone = [spec.name for spec, param in zip(self.layout.params, self._params, strict=True) if param not in now]
-        if new or gone:
-            raise ConfigurationError(
-                "the model's parameters changed after the chunks were laid out: "
-                + "; ".join(f"{what}: {', '.join(names)}" for what, names in (("new", new), ("gone", gone)) if names)
-                + ". Change the model in __init__, setup or configure_model, before fit lays it out."
-            )
+        require_same_parameters(self.model, self._params, [spec.name for spec in self.layout.params])
         self._guard.check()
 
     def _may_update(self, gradients: list[ChunkGradient]) -> bool:
         self._require_live("take a step")
         self._step.uses.check_idle()
+        if self._schedule.moving:
+            self._step.end(updates=True)
         return self._verdict.may_update(gradients, self._inspect)
+
+    def _after_update(self) -> None:
+        """Chunks that the next step begins with can be on their way, if no other optimizer is about to change them."""
+        if not any(gradient.shard is not None for gradient in self._gradients.chunks.values()):
+            self._schedule.resume()
 
     def _inspect(self) -> None:
         """Raises GeminiError if this rank cannot take a step."""
@@ -368,6 +381,9 @@ class Engine:
         """Updates a chunk as soon as its gradient is reduced."""
         self._verdict.note_use(gradient)
         self.optimizers.update_now(gradient)
+
+    def _is_live(self) -> bool:
+        return self._phase is Phase.LIVE
 
     def _is_whole(self) -> bool:
         exact = not self._schedule.moving and not self.store.masters

@@ -3,9 +3,7 @@
 NOTE: reduce order.
 Every chunk that an optimizer updates is reduced once per backward on every rank, in one agreed order: a chunk that is
 complete waits for those before it, and what has not come when the outermost backward ends travels as zeros. So
-reductions match across the ranks even where a parameter is used on one of them only.
-
-The order is at first the layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
+reductions match across the ranks even where a parameter is used on one of them only. The order is at first the layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
 
 NOTE: late gradients.
 A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced is
@@ -27,13 +25,14 @@ import torch
 from torch import Tensor
 
 from lightning_gemini.core.chunk import Chunk, Home
-from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState
+from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState, square_sum, square_sum_of
 from lightning_gemini.core.collectives import Pending
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError, OutOfBudgetError
-from lightning_gemini.core.memory import BufferPool
+from lightning_gemini.core.landing import Landings
+from lightning_gemini.core.memory import BufferPool, Tier
+from lightning_gemini.core.slabs import Slabs
 from lightning_gemini.core.store import Store
-from lightning_gemini.optim.kernel import kernel_for
 
 #: Reductions under way at a time, as long as all ranks come to them at about the same time. A rank that has no
 #: gradient for a chunk comes to its reduction only when its backward is over, and may until then wait for the others in
@@ -73,9 +72,11 @@ class Gradients:
         self._policy = policy
         self._collectives = store.collectives
         #: what a backward needs beside the shards it leaves; freed when it ends, but for a little where room is plenty
-        self._transient = BufferPool(store.device)
+        self._transient = BufferPool(store.device, work=True)
         self._spared = store.layout.nbytes // _SPARED_SHARE if store.device.capacity is None else 0
-        self._shards = {False: BufferPool(store.device), True: BufferPool(store.host)}  # by whether on the host
+        self._device_shards = BufferPool(store.device)
+        self._landings = Landings(store, self._transient, self._take_in)
+        store.beside.append(self)
         self.chunks: dict[int, ChunkGradient] = {
             chunk.index: ChunkGradient(chunk, [store.owned(chunk.index, s.offset, s.end) for s in chunk.spec.slots])
             for chunk in store.chunks
@@ -143,6 +144,7 @@ class Gradients:
                 self._reduce(gradient)
                 self._settle()
             gradient.end_backward()
+        self._landings.wait()
         self._transient.clear(self._spared)
         self.loss_scale = 1.0  # the next loss says its own
 
@@ -158,6 +160,7 @@ class Gradients:
             self._reduce(gradient)
             gradient.reduced = False  # in the next backward
         self._settle()
+        self._landings.wait()
         self.loss_scale = 1.0
 
     def discard(self, chunks: list[ChunkGradient]) -> None:
@@ -174,14 +177,16 @@ class Gradients:
     def reset(self) -> None:
         """After a failure: drops what the backward under way has not reduced; waits for nothing and nobody."""
         for under_way in self._in_flight:
-            scratch = under_way.scratch
-            self._store.device.give(under_way.out.nbytes + (scratch.nbytes if scratch is not None else 0))
+            self._result_pool(under_way.gradient.chunk).drop(under_way.out)
+            if under_way.scratch is not None:
+                self._transient.drop(under_way.scratch)
         self._in_flight.clear()
+        self._landings.wait()
         self._next = 0
         self.loss_scale = 1.0
         for gradient in self.chunks.values():
             if gradient.buffer is not None:
-                self._store.device.give(gradient.buffer.nbytes)
+                self._buffer_pool(gradient.chunk).drop(gradient.buffer)
                 gradient.buffer = None
                 gradient.move(GradientState.EMPTY)
             gradient.end_backward()
@@ -191,8 +196,29 @@ class Gradients:
         """Drops everything and gives all memory back."""
         self.reset()
         self.discard(list(self.chunks.values()))
-        for pool in self._shards.values():
-            pool.clear()
+        self.trim()
+
+    def trim(self) -> None:
+        """Gives back the memory of shards that wait for their next use."""
+        self._device_shards.clear()
+
+    def beside_bytes(self, chunk: Chunk) -> int:
+        """Bytes of the chunk's reduced gradient."""
+        gradient = self.chunks.get(chunk.index)
+        return 0 if gradient is None or gradient.shard is None else gradient.shard.nbytes
+
+    def move(self, chunk: Chunk, tier: Tier) -> None:
+        """Moves the reduced gradient of ``chunk``, which no backward is at work on."""
+        gradient = self.chunks.get(chunk.index)
+        if gradient is None or gradient.shard is None:
+            return
+        old, pool = gradient.shard, self._store.slabs if tier is self._store.host else self._device_shards
+        gradient.shard = pool.get(old.numel(), old.dtype, _shard_of(chunk)).copy_(old)
+        if tier is self._store.host:
+            self._device_shards.drop(old)
+        else:
+            self._store.slabs.put(old)
+        gradient.bring_scaling(tier.device)
 
     def _open(self, gradient: ChunkGradient) -> None:
         dtype = gradient.chunk.full.dtype
@@ -256,7 +282,9 @@ class Gradients:
             try:
                 return pool.get(numel, dtype, what)
             except OutOfBudgetError:
-                if not self._in_flight or not self._finish_if_done():
+                if self._landings:
+                    self._landings.wait()
+                elif not self._in_flight or not self._finish_if_done():
                     raise
 
     def _finish_if_done(self) -> bool:
@@ -301,21 +329,32 @@ class Gradients:
         chunk, keep = gradient.chunk, gradient.chunk.full.dtype
         if self.accumulating or gradient.shard is not None:
             keep = torch.promote_types(keep, torch.float32)
-        origin, pool = self._result_pool(chunk), self._shard_pool(chunk)
-        what = f"the gradient shard of chunk {chunk.index}"
-        if chunk.home is Home.HOST:
-            self._store.counters.offloaded_bytes += part.nbytes
+        origin = self._result_pool(chunk)
+        pool = self._transient if chunk.home is Home.HOST else self._device_shards
         if part.dtype != keep or origin is not pool:
-            moved = pool.get(part.numel(), keep, what).copy_(part)
+            moved = self._get(pool, part.numel(), keep, _shard_of(chunk)).copy_(part)
             origin.put(part)
             part = moved
+        if chunk.home is Home.HOST:
+            alone = gradient.shard is None and not self.accumulating
+            # on the device, which is quicker; what else is added in host memory counts there
+            self._landings.start(gradient, part, square_sum_of(part) if alone else None)
+            if self.consume is not None:
+                self._landings.wait()
+        else:
+            self._take_in(gradient, part)
+
+    def _take_in(self, gradient: ChunkGradient, part: Tensor, total: Tensor | None = None) -> None:
+        """Makes a part the shard, or adds it; ``total`` is the sum of its squares, if that is known."""
+        keep, pool = part.dtype, self._shard_pool(gradient.chunk)
         if gradient.shard is None:
             gradient.shard = part
             gradient.forget_scaling()
             gradient.loss_scale = gradient.tried_scale = self.loss_scale
+            gradient.square_sum = total
         else:
             if gradient.shard.dtype != keep:
-                wide = pool.get(part.numel(), keep, what).copy_(gradient.shard)
+                wide = pool.get(part.numel(), keep, _shard_of(gradient.chunk)).copy_(gradient.shard)
                 pool.put(gradient.shard)
                 gradient.shard = wide
             self._add(gradient, part)
@@ -338,8 +377,8 @@ class Gradients:
         gradient.square_sum = None
         gradient.tried_scale = max(gradient.tried_scale, self.loss_scale)
 
-    def _shard_pool(self, chunk: Chunk) -> BufferPool:
-        return self._shards[chunk.home is Home.HOST]
+    def _shard_pool(self, chunk: Chunk) -> Slabs | BufferPool:
+        return self._store.slabs if chunk.home is Home.HOST else self._device_shards
 
     def _buffer_pool(self, chunk: Chunk) -> BufferPool:
         """Where whole gradients come from: on one rank they are the results of the reduction, too."""
@@ -349,19 +388,11 @@ class Gradients:
         """Where reduced gradients come from: the shards' pool, unless they only pass on their way to another one."""
         several = self._collectives.world_size > 1
         dtype = self._policy.reduce_dtype(chunk.full.dtype) if several else chunk.full.dtype
-        return self._transient if chunk.home is Home.HOST or dtype != chunk.full.dtype else self._shards[False]
+        return self._transient if chunk.home is Home.HOST or dtype != chunk.full.dtype else self._device_shards
 
 
-def square_sum(gradient: ChunkGradient) -> Tensor:
-    """The sum of the squares of a gradient's shard, which it must have, as it is: a scalar where the shard is."""
-    if gradient.square_sum is None:
-        shard = gradient.shard
-        assert shard is not None
-        if shard.dtype in (torch.float32, torch.bfloat16, torch.float16):
-            gradient.square_sum = kernel_for(shard.device).square_sum(shard)
-        else:
-            gradient.square_sum = torch.linalg.vector_norm(shard).square()
-    return gradient.square_sum
+def _shard_of(chunk: Chunk) -> str:
+    return f"the gradient shard of chunk {chunk.index}"
 
 
 def _wants_gradient(chunk: Chunk) -> bool:

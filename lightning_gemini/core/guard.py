@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 
 from lightning_gemini.core.chunk import Chunk
-from lightning_gemini.core.errors import StateError
+from lightning_gemini.core.errors import ConfigurationError, StateError
 from lightning_gemini.core.inert import Attached
 from lightning_gemini.core.units import Unit
 
@@ -105,3 +105,16 @@ class Guard:
                 f"load_state_dict() of {type(module).__name__} would be lost: the weights live in chunks. Call it "
                 "inside `with trainer.strategy.summon_full_params(writeback=True):`, on all ranks, or before fit."
             )
+
+
+def require_same_parameters(model: nn.Module, params: Sequence[nn.Parameter], names: Sequence[str]) -> None:
+    """Raises ConfigurationError if ``model`` has other parameters than ``params``, which were called ``names``."""
+    now, known = dict.fromkeys(model.parameters()), set(params)
+    new = [name for name, param in model.named_parameters() if param not in known]
+    gone = [name for name, param in zip(names, params, strict=True) if param not in now]
+    if new or gone:
+        raise ConfigurationError(
+            "the model's parameters changed after the chunks were laid out: "
+            + "; ".join(f"{what}: {', '.join(names)}" for what, names in (("new", new), ("gone", gone)) if names)
+            + ". Change the model in __init__, setup or configure_model, before fit lays it out."
+        )

@@ -34,7 +34,7 @@ class Master:
         """The fp32 values of ``start:stop`` of the shard: a view of the master itself, or joined from the halves."""
         stop = len(self.part) if stop is None else stop
         part = self.part[start:stop]
-        return part if part.dtype == torch.float32 else join(shard[start:stop], part)
+        return part if part.dtype == torch.float32 else join(shard[start:stop].to(part.device), part)
 
     def put(self, shard: Tensor, start: int, values: Tensor) -> None:
         """Stores ``values`` (fp32, 1-d) from element ``start`` on, and rounds them into the shard."""
@@ -44,7 +44,26 @@ class Master:
             low_half(values, part)
         elif part.data_ptr() != values.data_ptr():
             part.copy_(values)
-        round_to_compute(values, shard[start:stop])
+        if shard.device == values.device:
+            round_to_compute(values, shard[start:stop])
+        else:
+            rounded = torch.empty_like(values, dtype=shard.dtype)
+            round_to_compute(values, rounded)
+            shard[start:stop].copy_(rounded)
+
+    def move(self, tier: Tier) -> None:
+        """Goes to another tier.
+
+        Raises:
+            OutOfBudgetError: there is no room; nothing has moved.
+        """
+        if tier is self.tier:
+            return
+        tier.take(self.part.nbytes, "master weights")
+        self.tier.give(self.part.nbytes)
+        with torch.inference_mode(False):
+            self.part = torch.empty_like(self.part, device=tier.device).copy_(self.part)
+        self.tier = tier
 
     def release(self) -> None:
         """Gives the memory back."""

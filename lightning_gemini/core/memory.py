@@ -51,6 +51,8 @@ class Tier:
     """One kind of memory: bytes in use, their peak, and the bytes that may be in use.
 
     ``capacity`` is ``None`` where nothing bounds it. ``spare`` is asked to give so many bytes back when room is short.
+    ``work`` is the part of ``used`` that lives for a moment of a step only, such as gradient buffers; ``work_peak`` is
+    the most of it since somebody set it back.
     """
 
     name: Literal["device", "host"]
@@ -58,17 +60,19 @@ class Tier:
     capacity: int | None = None
     used: int = 0
     peak: int = 0
+    work: int = 0
+    work_peak: int = 0
     spare: Callable[[int], None] | None = None
 
     def room(self, nbytes: int) -> bool:
         """Whether ``nbytes`` more are allowed."""
         return self.capacity is None or self.used + nbytes <= self.capacity
 
-    def take(self, nbytes: int, what: str) -> None:
-        """Counts ``nbytes`` as used by ``what``.
+    def require(self, nbytes: int, what: str) -> None:
+        """Makes sure that ``what`` could take ``nbytes`` now.
 
         Raises:
-            OutOfBudgetError: it would be more than the capacity; nothing is counted then.
+            OutOfBudgetError: it would be more than the capacity.
         """
         if not self.room(nbytes) and self.spare is not None:
             self.spare(nbytes)
@@ -78,19 +82,37 @@ class Tier:
                 f"{format_bytes(self.capacity or 0)} are in use. Give more memory ({self.name}_memory=...), use more "
                 "ranks, or make the units or the chunks smaller."
             )
+
+    def take(self, nbytes: int, what: str, work: bool = False) -> None:
+        """Counts ``nbytes`` as used by ``what``, and as ``work`` if it is that.
+
+        Raises:
+            OutOfBudgetError: it would be more than the capacity; nothing is counted then.
+        """
+        self.require(nbytes, what)
         self.used += nbytes
         self.peak = max(self.peak, self.used)
+        if work:
+            self.work += nbytes
+            self.work_peak = max(self.work_peak, self.work)
 
-    def give(self, nbytes: int) -> None:
+    def give(self, nbytes: int, work: bool = False) -> None:
         """Counts ``nbytes`` as free again."""
         self.used -= nbytes
+        if work:
+            self.work -= nbytes
 
 
 class BufferPool:
-    """Flat buffers of a tier, kept for the next use: fresh host memory costs a page fault per 4 KiB."""
+    """Flat buffers of a tier, kept for the next use: fresh host memory costs a page fault per 4 KiB.
 
-    def __init__(self, tier: Tier) -> None:
+    Args:
+        work: whether they count as work of a moment (see :class:`Tier`).
+    """
+
+    def __init__(self, tier: Tier, work: bool = False) -> None:
         self._tier = tier
+        self._work = work
         self._free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
 
     def get(self, numel: int, dtype: torch.dtype, what: str) -> Tensor:
@@ -101,9 +123,13 @@ class BufferPool:
         nbytes = numel * dtype.itemsize
         if not self._tier.room(nbytes):
             self.clear()
-        self._tier.take(nbytes, what)
+        self._tier.take(nbytes, what, self._work)
         with torch.inference_mode(False):
             return torch.empty(numel, dtype=dtype, device=self._tier.device)
+
+    def drop(self, buffer: Tensor) -> None:
+        """Takes back a buffer whose memory is not to be used again."""
+        self._tier.give(buffer.nbytes, self._work)
 
     def put(self, buffer: Tensor) -> None:
         """Takes back a buffer that nobody uses any more."""
@@ -113,9 +139,18 @@ class BufferPool:
         """Frees the buffers that wait for their next use, but for ``keep`` bytes, the smaller ones first."""
         for buffers in sorted(self._free.values(), key=lambda same: same[0].nbytes if same else 0):
             spared = min(len(buffers), keep // buffers[0].nbytes) if buffers else 0
-            self._tier.give(sum(buffer.nbytes for buffer in buffers[spared:]))
+            self._tier.give(sum(buffer.nbytes for buffer in buffers[spared:]), self._work)
             del buffers[spared:]
             keep -= sum(buffer.nbytes for buffer in buffers)
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """Bytes of memory that the machine has on ``device``, in use or not; ``None`` if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -126,3 +161,27 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+class MemoryProbe:
+    """The most bytes that torch had given out on a device since the last :meth:`reset`, whoever asked for them.
+
+    On the CPU nobody counts them: there it says 0, and an emulated device is as large as the chunks in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is anything to be measured."""
+        return self._device is not None
+
+    def reset(self) -> None:
+        """Begins to look for the most from now on."""
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> int:
+        """Bytes."""
+        return 0 if self._device is None else torch.cuda.max_memory_allocated(self._device)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gemini.core.ballot import Ballot
-from lightning_gemini.core.chunk_gradient import ChunkGradient
-from lightning_gemini.core.gradients import square_sum
+from lightning_gemini.core.chunk_gradient import ChunkGradient, square_sum
 from lightning_gemini.core.store import Store
 
 

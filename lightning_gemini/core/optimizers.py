@@ -15,6 +15,7 @@ from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.gradients import Gradients
+from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.update import OptimizerOnChunks
@@ -27,7 +28,7 @@ class Optimizers:
         optimizers: the user's; they take over the states that some make in their constructors, such as Adagrad.
         policy: the dtypes.
         index_of: the parameters' indices in the layout.
-        notice, may_update, updated, dropped: see :class:`OptimizerOnChunks`.
+        notice, may_update, updated, dropped, over: see :class:`OptimizerOnChunks`.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Optimizers:
         may_update: Callable[[list[ChunkGradient]], bool],
         updated: Callable[[Chunk, list[bool]], None],
         dropped: Callable[[Iterable[nn.Parameter]], None],
+        over: Callable[[], None],
     ) -> None:
         self._store = store
         self._index_of = index_of
@@ -62,9 +64,12 @@ class Optimizers:
                 may_update,
                 updated,
                 dropped,
+                over,
             )
             for optimizer in optimizers
         ]
+        store.beside.append(self)
+        self._updates = {update.chunk.index: update for update in updates}
         self._places = {update.gradient: (chunks, update) for chunks in self._known for update in chunks.updates}
         self._handles = []
         for chunks in self._known:
@@ -99,6 +104,15 @@ class Optimizers:
     def load_state_dict(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """See :func:`optimizer_state.load_state_dict`."""
         optimizer_state.load_state_dict(self._of(optimizer), self._store, self._index_of, state)
+
+    def beside_bytes(self, chunk: Chunk) -> int:
+        """Bytes of the state of ``chunk``."""
+        return self._updates[chunk.index].state_bytes if chunk.index in self._updates else 0
+
+    def move(self, chunk: Chunk, tier: Tier) -> None:
+        """Moves the state of ``chunk`` to another tier."""
+        if chunk.index in self._updates:
+            self._updates[chunk.index].move(tier)
 
     def abort(self) -> None:
         """After a failure: their groups hold the model's parameters again, and no update is under way."""

@@ -7,32 +7,44 @@ from collections.abc import Iterable, Sequence
 from lightning_gemini.core.chunk import Home
 from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.memory import Tier, format_bytes
+from lightning_gemini.core.playbook import Known
 from lightning_gemini.core.store import Store
 
 
-def memory_report(store: Store, moving: bool, updates: Iterable[ChunkUpdate], waiting: bool) -> str:
-    """This rank's bytes per tier, now and at the peak, and what has been moved.
+def memory_report(store: Store, known: Sequence[Known], updates: Iterable[ChunkUpdate], waiting: bool) -> str:
+    """This rank's chunks and bytes per tier, now and at the peak, what each kind of step moves, and what was moved.
 
     Args:
-        moving: whether chunks are freed and unsharded again.
+        known: the steps that there are plans for.
         updates: of all chunks that an optimizer updates.
         waiting: whether gradients wait for the step.
     """
-    homes = {home: sum(chunk.home is home for chunk in store.chunks) for home in Home}
     where = {
         Home.FULL: "kept whole on the device",
         Home.DEVICE: "with their shards on the device",
         Home.HOST: "with their shards in host memory",
     }
-    lines = [f"{count} chunks {where[home]}" for home, count in homes.items() if count]
+    lines = []
+    for home, text in where.items():
+        if alike := [chunk for chunk in store.chunks if chunk.home is home]:
+            lines.append(
+                f"{len(alike)} chunks {text}, {format_bytes(sum(c.shard.nbytes for c in alike))} of parameters"
+            )
     lines += [_tier_line(tier) for tier in (store.device, store.host) if tier.peak]
     if (line := _update_line(store, [u for u in updates if not u.is_new], waiting)) is not None:
         lines.append(line)
+    lines += [line for one in known if (line := _step_line(one)) is not None]
     counters = store.counters
-    if moving:
+    if counters.unshards:
         lines.append(
-            f"{counters.unshards} unshards; {format_bytes(counters.fetched_bytes)} fetched from the host, "
-            f"{format_bytes(counters.offloaded_bytes)} offloaded to it"
+            f"{counters.followed} steps by plan, {counters.strayed} that went otherwise; {counters.unshards} unshards, "
+            f"{counters.prefetched} of them ahead of their need; {counters.reshards} chunks freed; "
+            f"{store.waits.seconds():.3g} s waited for chunks"
+        )
+    if counters.fetched_bytes or counters.offloaded_bytes or counters.rehomed_bytes:
+        lines.append(
+            f"{format_bytes(counters.fetched_bytes)} fetched from the host, {format_bytes(counters.offloaded_bytes)} "
+            f"offloaded to it, {format_bytes(counters.rehomed_bytes)} moved to other homes"
         )
     if store.layout.world_size > 1:
         lines.append(
@@ -40,6 +52,20 @@ def memory_report(store: Store, moving: bool, updates: Iterable[ChunkUpdate], wa
             f"{format_bytes(counters.reduced_bytes)} of gradients sent to them in {counters.reduces} reductions"
         )
     return "\n".join(lines)
+
+
+def _step_line(known: Known) -> str | None:
+    """What one kind of step moves by its plan, and the least that it could."""
+    plan = known.plan
+    if plan is None:
+        return None
+    moved = [f"fetches {format_bytes(plan.fetched)}"]
+    if plan.gathered:
+        moved.append(f"gathers {format_bytes(plan.gathered)}")
+    least = f" (the least with these homes and this memory: {format_bytes(plan.least)})"
+    offloads = f", offloads {format_bytes(plan.offloaded)}" if plan.offloaded else ""
+    most = max((a + m.other for a, m in zip(plan.peak, known.trace.moments, strict=True)), default=0)
+    return f"{known.trace.kind}: {' and '.join(moved)}{least}{offloads}; {format_bytes(most)} of the device at the most"
 
 
 def _update_line(store: Store, updates: Sequence[ChunkUpdate], waiting: bool) -> str | None:

@@ -1,33 +1,92 @@
-"""Which chunks stay unsharded: least-recently-used, as long as there is no plan."""
+"""Which chunks are unsharded: records a step, follows its plan, or falls back to least-recently-used.
+
+NOTE: what all ranks agree on.
+Chunks are gathered in one order on all ranks only if all ranks free and prefetch the same ones. So what is decided
+here follows from the order of units, from plans and from budgets that the ranks have agreed on, and never from what
+this rank's memory holds at the moment; on one rank there is nobody to agree with, and everything idle gives way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from enum import Enum
 
-from lightning_gemini.core.chunk import Chunk, Home
-from lightning_gemini.core.errors import OutOfBudgetError, StateError
-from lightning_gemini.core.layout import Layout
-from lightning_gemini.core.memory import Tier, format_bytes
+from lightning_gemini.core.chunk import Chunk, ChunkState, Home
+from lightning_gemini.core.errors import GeminiError, StateError
+from lightning_gemini.core.footprint import trained
+from lightning_gemini.core.journal import Journal
+from lightning_gemini.core.memory import MemoryProbe
+from lightning_gemini.core.playbook import Known, Playbook
+from lightning_gemini.core.recorder import Recorder
 from lightning_gemini.core.store import Store
+from lightning_gemini.core.trace import Moment, Trace
 
-#: Idle chunks that stay unsharded. One is often needed again at once (a parent's weight, the last unit of the forward),
-#: the second bridges a parameter between two uses; more would be a guess.
+#: Idle chunks that stay unsharded without a plan. One is often needed again at once (a parent's weight, the last unit
+#: of the forward), the second bridges a parameter between two uses; more would be a guess.
 IDLE_CHUNKS = 2
 
 
-class Schedule:
-    """Unshards chunks as units need them and frees the ones that have been idle the longest.
+class Course(Enum):
+    """What a step goes by."""
 
-    All ranks run the same units, so they free and gather the same chunks in the same order.
+    NONE = "none"  #: no step is under way
+    RECORDING = "recording"  #: least-recently-used, and what happens is written down
+    FOLLOWING = "following"  #: the plan of a step that was recorded
+    ASTRAY = "astray"  #: least-recently-used: no step that is known; what it does from there on is written down
+
+
+_COURSES = {
+    (Course.NONE, Course.RECORDING),
+    (Course.NONE, Course.FOLLOWING),
+    (Course.NONE, Course.ASTRAY),
+    (Course.FOLLOWING, Course.ASTRAY),
+    (Course.RECORDING, Course.NONE),
+    (Course.FOLLOWING, Course.NONE),
+    (Course.ASTRAY, Course.NONE),
+}
+
+
+class Schedule:
+    """Unshards chunks as units need them or earlier, and frees those that are idle.
+
+    Args:
+        store: the chunks.
+        kind: says what kind of step is beginning.
+
+    Attributes:
+        playbook: the steps that are known.
+        journal: writes steps down for people.
+        moving: whether chunks may be freed at all; if not, parameters are always resident.
+        limit: bytes of unsharded chunks that may be freed, as all ranks have agreed; ``None`` for no bound.
+        make_room: called with the bytes that are missing where freeing is not enough, for a home on the device to be
+            given up; says whether there is any point in trying again.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, kind: Callable[[], str]) -> None:
         self._store = store
+        self.playbook = Playbook()
+        self._kind = kind
+        self._probe = MemoryProbe(store.device.device)
+        self._course = Course.NONE
+        self._step_kind = ""
+        self._begun: list[int] = []  # the chunks that moments of the step under way have begun with
+        self._known: Known | None = None  # the step that is followed
+        self._recorder: Recorder | None = None
         self._idle: dict[int, Chunk] = {}  # resident and unused, the oldest first
+        self._coming: dict[int, Chunk] = {}  # begun before somebody needs them
+        self._in_use: dict[int, Chunk] = {}
         self._expired: set[int] = set()  # updated in the backward under way
-        store.device.spare = self._make_room
-        #: whether any chunk is ever freed; if not, parameters are always resident
+        self.journal = Journal(store)
+        self.limit: int | None = None
+        self.make_room: Callable[[Collection[int]], bool] = lambda _: False
+        if store.layout.world_size == 1:
+            store.device.spare = self._spare
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
+
+    @property
+    def course(self) -> Course:
+        """What the step under way goes by."""
+        return self._course
 
     def acquire(self, chunk: Chunk, reason: str) -> None:
         """Makes ``chunk`` resident for ``reason`` (a unit's name) and pins it until :meth:`release`.
@@ -41,20 +100,36 @@ class Schedule:
                 "gradients seemed to be in (is it used detached, or by several reentrant checkpoints?). Use "
                 "update='at_step' instead of 'in_backward'."
             )
+        if chunk.pins:
+            chunk.pin()
+            return
+        self._advance(chunk)
         self._idle.pop(chunk.index, None)
         if not chunk.resident:
-            self._store.unshard(chunk, reason)
+            with self._store.waits.measure():
+                self._bring(chunk, reason)
         chunk.pin()
+        self._in_use[chunk.index] = chunk
+        if self._recorder is not None:
+            self._recorder.begin(chunk, reason, self._in_use.values())
+        self._prefetch()
+        if self.journal.writing:
+            self.journal.moment(chunk, reason, self._in_use, self._idle, self._coming)
 
     def release(self, chunk: Chunk) -> None:
         """Ends one use; a chunk nobody uses any more becomes idle."""
         chunk.unpin()
-        if chunk.pins == 0 and chunk.index in self._expired:
+        if chunk.pins:
+            return
+        self._in_use.pop(chunk.index, None)
+        if chunk.home is Home.FULL:
+            return
+        if chunk.index in self._expired:
             self._store.reshard(chunk)
-        elif chunk.pins == 0 and chunk.home is not Home.FULL:
-            self._idle[chunk.index] = chunk
-            while len(self._idle) > IDLE_CHUNKS:
-                self._free_oldest()
+            return
+        self._idle[chunk.index] = chunk
+        while self._course is not Course.FOLLOWING and len(self._idle) > IDLE_CHUNKS:
+            self._free_oldest()
 
     def renew(self, chunk: Chunk, refill: bool = True) -> None:
         """The shard of ``chunk`` has changed: brings the new values if it is kept or in use, frees it if it is idle.
@@ -68,67 +143,191 @@ class Schedule:
             return
         if not refill:
             self._expired.add(chunk.index)
-        if self._idle.pop(chunk.index, None) is not None:
-            self._store.reshard(chunk)
+        if chunk.index in self._idle or chunk.index in self._coming:
+            self._drop(chunk)
         elif chunk.resident and refill:
-            self._store.fill(chunk, "its new values after a step")
+            self._store.refill(chunk, "its new values after a step")
 
     def backward_over(self) -> None:
         """What has expired may be used again, with its new values."""
         self._expired.clear()
 
+    def end(self, updates: bool) -> Trace | None:
+        """The step under way is over; returns it if it was recorded.
+
+        Args:
+            updates: whether an update follows; then copies of what it changes go.
+        """
+        if self._course is Course.NONE:
+            return None
+        trace = self._recorder.end(updates) if self._recorder is not None else None
+        if self._course is Course.FOLLOWING and self._known is not None:
+            if len(self._begun) == len(self._known.trace.moments) and updates == self._known.trace.updates:
+                self.playbook.followed(self._known)
+                self._store.counters.followed += 1
+                if self.journal.writing:
+                    self.journal.end(self._known.trace.has_backward)
+            else:  # it ended early, or without an update
+                self._store.counters.strayed += 1
+                moments = self._known.trace.moments[: len(self._begun)]
+                trace = Trace(self._step_kind, moments, updates)
+        self._stop()
+        if updates:
+            self._free_all_but([c.index for c in self._store.chunks if not trained(c.spec)])
+        return trace
+
+    def resume(self) -> None:
+        """Between two steps: frees what the next one does not begin with, and begins to bring what it does."""
+        known = self.playbook.expect()
+        if self._course is not Course.NONE or known is None or known.plan is None:
+            return
+        self._free_all_but(known.plan.start)
+        for index in known.plan.start:
+            self._begin_to_bring(self._store.chunks[index], "the next step")
+
+    def free_idle(self) -> None:
+        """Frees all chunks that nobody uses."""
+        self._free_all_but(())
+
     def reset(self) -> None:
         """Frees whatever is unsharded, in use or not; after a failed step and before the end."""
+        self._stop()
+        self._expired.clear()
+        for chunk in list(self._coming.values()):
+            try:
+                self._store.finish(chunk)
+            except GeminiError:  # the others have parted: it is freed already
+                continue
         for chunk in self._store.chunks:
             while chunk.pins:
                 chunk.unpin()
             if chunk.home is not Home.FULL and chunk.resident:
                 self._store.reshard(chunk)
-        self._idle.clear()
-        self._expired.clear()
+        for held in (self._idle, self._coming, self._in_use):
+            held.clear()
 
-    def _make_room(self, nbytes: int) -> None:
-        while self._idle and not self._store.device.room(nbytes):
+    # The moments of a step
+
+    def _advance(self, chunk: Chunk) -> None:
+        """A moment begins with ``chunk``: finds out what to go by, and frees what has to go."""
+        if self._course is Course.NONE:
+            self._begin()
+        self._begun.append(chunk.index)
+        if self._course is not Course.FOLLOWING:
+            return
+        assert self._known is not None
+        at, order = len(self._begun) - 1, self._known.trace.order
+        if at >= len(order) or order[at] != chunk.index:
+            other = self.playbook.with_order(self._step_kind, self._begun)
+            if other is None or other.plan is None:
+                self._lose_way(self._known.trace.moments[:at])
+                return
+            self._known = other
+            self._free_all_but(other.resident(at))
+        assert self._known.plan is not None
+        for index in self._known.plan.evict[at]:
+            self._drop(self._store.chunks[index])
+
+    def _begin(self) -> None:
+        self._step_kind = self._kind()
+        known = self.playbook.expect(self._step_kind)
+        if known is not None and known.plan is not None:
+            self._go(Course.FOLLOWING)
+            self._known = known
+            self._free_all_but(known.plan.start)
+            self.journal.begin(known.trace.kind, known.trace.has_backward)
+            return
+        self.free_idle()
+        if self.playbook.worth_recording(self._step_kind):
+            self._go(Course.RECORDING)
+            self._recorder = Recorder(self._step_kind, self._store.device, self._probe)
+        else:
+            self._go(Course.ASTRAY)
+
+    def _lose_way(self, moments: Sequence[Moment]) -> None:
+        """The step is none that is known, though it began with ``moments``: it is recorded from here on."""
+        self._go(Course.ASTRAY)
+        self._known = None
+        self._store.counters.strayed += 1
+        self.journal.cancel()
+        if self.playbook.worth_recording(self._step_kind):
+            self._recorder = Recorder(self._step_kind, self._store.device, self._probe, moments)
+        for chunk in list(self._coming.values()):
+            self._drop(chunk)
+        while len(self._idle) > IDLE_CHUNKS:
             self._free_oldest()
 
+    def _stop(self) -> None:
+        if self._course is not Course.NONE:
+            self._go(Course.NONE)
+        self._known, self._recorder = None, None
+        self._begun.clear()
+        self.journal.cancel()
+
+    def _go(self, course: Course) -> None:
+        if (self._course, course) not in _COURSES:
+            raise StateError(f"a step cannot go from {self._course.name} to {course.name}")
+        self._course = course
+
+    def _prefetch(self) -> None:
+        if self._known is None or self._known.plan is None:
+            return
+        for index in self._known.plan.prefetch[len(self._begun) - 1]:
+            self._begin_to_bring(self._store.chunks[index], "a unit to come")
+
+    def _bring(self, chunk: Chunk, reason: str) -> None:
+        if chunk.state is ChunkState.FREE:
+            self._find_room(chunk.spec.nbytes)
+            self._store.start(chunk, reason)
+        else:
+            self._coming.pop(chunk.index)
+            self._store.counters.prefetched += 1
+        self._store.finish(chunk)
+
+    # Room
+
+    def _begin_to_bring(self, chunk: Chunk, reason: str) -> None:
+        if chunk.state is ChunkState.FREE and chunk.home is not Home.FULL and not self._lacks(chunk.spec.nbytes):
+            self._store.start(chunk, reason)
+            self._coming[chunk.index] = chunk
+
+    def _lacks(self, nbytes: int) -> bool:
+        """Whether there is no room for so many bytes more of unsharded chunks."""
+        if self._store.layout.world_size == 1:
+            return not self._store.device.room(nbytes)
+        return self.limit is not None and self._store.unsharded_bytes + nbytes > self.limit
+
+    def _find_room(self, nbytes: int) -> None:
+        while self._lacks(nbytes):
+            if self._idle:
+                self._free_oldest()
+            elif self._coming:
+                self._drop(next(iter(self._coming.values())))
+            elif not self._give_up_a_home():
+                return  # the tier says what is wrong
+
+    def _spare(self, nbytes: int) -> None:
+        """On one rank: somebody else on the device needs room."""
+        if self._course is not Course.NONE:
+            self._find_room(nbytes)
+        while self._lacks(nbytes) and self._idle:
+            self._free_oldest()
+
+    def _give_up_a_home(self) -> bool:
+        return self.make_room(self._in_use)
+
+    def _free_all_but(self, kept: Collection[int]) -> None:
+        for chunk in (*self._idle.values(), *self._coming.values()):
+            if chunk.index not in kept:
+                self._drop(chunk)
+
     def _free_oldest(self) -> None:
-        self._store.reshard(self._idle.pop(next(iter(self._idle))))
+        self._drop(next(iter(self._idle.values())))
 
-
-def choose_homes(layout: Layout, tier: Tier, placement: str, state_bytes: int) -> list[Home]:
-    """Where the shards live, before there is a plan.
-
-    Args:
-        placement: ``"device"``, ``"host"`` or ``"auto"``.
-        state_bytes: what gradients, masters and optimizer states take on the device beside the chunks, on this rank.
-
-    Raises:
-        OutOfBudgetError: ``placement="device"`` and the shards alone do not fit, or not even the largest chunk does.
-    """
-    shards = layout.nbytes // layout.world_size
-    if placement != "host":
-        if tier.room(layout.nbytes + state_bytes):
-            return [Home.FULL] * len(layout.chunks)
-        if tier.room(shards + state_bytes + _working_set(layout)):
-            return [Home.DEVICE] * len(layout.chunks)
-        if placement == "device":
-            raise OutOfBudgetError(
-                f"placement='device' needs {format_bytes(shards + state_bytes + _working_set(layout))} of device "
-                f"memory on each of {layout.world_size} rank(s), for the shards of parameters, gradients and optimizer "
-                f"states and the chunks in use, but {format_bytes(tier.capacity or 0)} may be used. Use "
-                "placement='auto' or 'host', more ranks, or a larger device_memory."
-            )
-    largest = max(layout.chunks, key=lambda chunk: chunk.nbytes)
-    if not tier.room(largest.nbytes):
-        raise OutOfBudgetError(
-            f"the largest chunk, with {layout.params[largest.first_param].name} in it, takes "
-            f"{format_bytes(largest.nbytes)} while it is in use, but {format_bytes(tier.capacity or 0)} of device "
-            "memory may be used. Use a larger device_memory, or a smaller chunk_size if no one parameter is that large."
-        )
-    return [Home.HOST] * len(layout.chunks)
-
-
-def _working_set(layout: Layout) -> int:
-    """Bytes of the unsharded chunks and gradient buffers that are in use at one time, about."""
-    largest: Sequence[int] = sorted((chunk.nbytes for chunk in layout.chunks), reverse=True)
-    return sum(largest[: IDLE_CHUNKS + 1]) + 2 * sum(largest[:1])
+    def _drop(self, chunk: Chunk) -> None:
+        """Frees a chunk that nobody uses; one that is coming arrives first."""
+        if self._coming.pop(chunk.index, None) is not None:
+            self._store.finish(chunk)
+        elif self._idle.pop(chunk.index, None) is None:
+            return
+        self._store.reshard(chunk)

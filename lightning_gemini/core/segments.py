@@ -66,6 +66,18 @@ class SegmentedShard:
         self.segments = split
         return [segment for segment in split if used[segment.slots[0]]]
 
+    def move(self, device: torch.device) -> None:
+        """Copies the state to ``device``: what has an element or a block for each of the shard's, and code books."""
+        moved: dict[int, Tensor] = {}  # by what it was: segments share code books
+        with torch.inference_mode(False):
+            for segment in self.segments:
+                for key, value in segment.state.items():
+                    if isinstance(value, Tensor) and value.dim():
+                        if id(value) not in moved:
+                            moved[id(value)] = torch.empty_like(value, device=device).copy_(value)
+                        segment.state[key] = moved[id(value)]
+        self._device = device
+
     def slot_states(self) -> Iterator[tuple[int, range, State]]:
         """Each slot's part of the optimizer state: the slot, its span, and its state cut to the span."""
         for segment in self.segments:

@@ -13,25 +13,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gemini.core import construct
-from lightning_gemini.core.blocks import BLOCK, in_blocks, require_contiguous, state_bytes
+from lightning_gemini.core.blocks import BLOCK, in_blocks, require_contiguous
 from lightning_gemini.core.chunk import Home
 from lightning_gemini.core.collectives import Collectives
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.elementwise import require_elementwise
 from lightning_gemini.core.engine import Engine
 from lightning_gemini.core.errors import ConfigurationError, DisagreementError
-from lightning_gemini.core.layout import ALIGNMENT, ChunkSpec, Layout, ParamSpec, plan_layout
+from lightning_gemini.core.first_homes import Placement, first_homes, fits_whole
+from lightning_gemini.core.footprint import Footprints, trained
+from lightning_gemini.core.layout import ALIGNMENT, Layout, ParamSpec, plan_layout
 from lightning_gemini.core.memory import Tier
-from lightning_gemini.core.schedule import choose_homes
+from lightning_gemini.core.placement import PlacementPolicy
+from lightning_gemini.core.state_width import StateWidths
 from lightning_gemini.core.store import Store
-from lightning_gemini.core.units import find_units
+from lightning_gemini.core.units import Unit, find_units
 from lightning_gemini.core.update_policy import UpdatePolicy
 from lightning_gemini.optim.kernel import UnavailableError, kernel_for
 from lightning_gemini.optim.recognise import recognise
 
-Placement = Literal["auto", "device", "host"]
-
-_CHUNKS_AT_ONCE, _REDUCING_AT_ONCE = 10, 3
+_CHUNKS_AT_ONCE = 10
 
 
 def shard(
@@ -45,6 +46,7 @@ def shard(
     device_memory: int | None = None,
     host_memory: int | None = None,
     chunk_size: int | Literal["auto"] = "auto",
+    prefetch: int | None = None,
     unit_modules: Collection[str | type] = (),
     policy: DtypePolicy = DtypePolicy(),  # noqa: B008, it is frozen
     update: UpdatePolicy = UpdatePolicy(),  # noqa: B008, likewise
@@ -65,10 +67,11 @@ def shard(
         reduce_group: the same ranks in a second group, for reductions (see ``collectives``).
         device: where units compute.
         placement: ``"device"`` keeps everything there, ``"host"`` keeps shards and optimizer states in host memory,
-            ``"auto"`` does the first if it fits, else the second.
+            ``"auto"`` does the first if it fits; else it records one step and plans what is where.
         device_memory: bytes that chunks may use on the device, ``None`` for no bound. On the CPU it is emulated.
         host_memory: bytes that chunks may use in host memory, ``None`` for no bound.
         chunk_size: elements in a chunk, or ``"auto"``.
+        prefetch: the most chunks that are brought ahead of their need; ``None`` for as many as there is room for.
         unit_modules: modules that are made usable as a whole (see :func:`units.find_units`).
         policy: the dtypes.
         update: when updates are made, and what becomes of gradients that are not finite.
@@ -88,21 +91,20 @@ def shard(
     index_of = {param: index for index, param in enumerate(params)}
     specs = specify(model, optimizers, policy, unbuilt)
     units = find_units(model, index_of, unit_modules)
-    for number, optimizer in enumerate(optimizers):
-        _require_rules(optimizer, f"optimizer {number}", device, policy)
+    tried = {
+        number: _require_rules(optimizer, f"optimizer {number}", device, policy)
+        for number, optimizer in enumerate(optimizers)
+    }
     limits = collectives.gather_objects((device_memory, host_memory))
     tiers = (
         Tier("device", device, min((d for d, _ in limits if d is not None), default=None)),
         Tier("host", torch.device("cpu"), min((h for _, h in limits if h is not None), default=None)),
     )
     dtypes = [param.dtype for param in params]
-    blocks: dict[int | None, float] = {
-        number: state_bytes(optimizer) for number, optimizer in enumerate(optimizers) if in_blocks(optimizer)
-    }
-    layout, homes, masters = _plan(
-        specs, collectives.world_size, chunk_size, tiers[0], placement, home, dtypes, policy, update, blocks
-    )
-    _prepare_kernels(optimizers, {tiers[home is Home.HOST].device for home in homes})
+    widths = StateWidths(optimizers, policy, tried)
+    layout, homes = _plan(specs, units, collectives.world_size, chunk_size, tiers, placement, home, widths, update)
+    masters = _masters(layout, dtypes, policy)
+    _prepare_kernels(optimizers, {tier.device for tier in tiers if placement == "auto" or tier.name in _tiers(homes)})
     _require_agreement(layout, collectives)
     missing = {*unbuilt, *construct.leave_meta(model, device)}
     values = {index: param.data for param, index in index_of.items() if param not in missing}
@@ -118,22 +120,33 @@ def shard(
     construct.fill(store, values)
     construct.initialise(model, store, index_of, missing)
     construct.place_buffers(model, device)
-    return Engine(model, params, dtypes, store, optimizers, units, policy, update, check)
+    moves = PlacementPolicy(
+        homes="auto" if placement == "auto" and home is None else "fixed",
+        narrow=placement == "host" or home is not None,
+        depth=prefetch,
+    )
+    footprints = Footprints(layout, policy, update, widths)
+    return Engine(model, params, dtypes, store, optimizers, units, footprints, moves, check)
 
 
-def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy: DtypePolicy) -> None:
-    """Raises ConfigurationError if ``optimizer`` cannot work on chunks under ``policy``."""
+def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy: DtypePolicy) -> list[float]:
+    """Raises ConfigurationError if ``optimizer`` cannot work on chunks under ``policy``.
+
+    Returns:
+        by group, the elements of state for each element of a parameter, as far as there is no rule that says so.
+    """
     if all(recognise(optimizer, group) is not None for group in optimizer.param_groups):
-        return
+        return [0.0] * len(optimizer.param_groups)
     if in_blocks(optimizer):
         require_contiguous(optimizer, name)
-    require_elementwise(optimizer, name, device)
+    states = require_elementwise(optimizer, name, device)
     if policy.state != torch.float32:
         raise ConfigurationError(
             f"{name} ({type(optimizer).__name__}) makes its own states, so they cannot be kept in {policy.state}. Use "
             "torch.optim.AdamW, Adam, SGD or Adagrad or lightning_gemini.optim.Lion with plain settings, or fp32 "
             "states."
         )
+    return states
 
 
 def _prepare_kernels(optimizers: Sequence[Optimizer], devices: Collection[torch.device]) -> None:
@@ -206,35 +219,32 @@ def specify(
 
 def _plan(
     specs: Sequence[ParamSpec],
+    units: Sequence[Unit],
     world_size: int,
     chunk_size: int | Literal["auto"],
-    tier: Tier,
+    tiers: tuple[Tier, Tier],
     placement: Placement,
     home: Home | None,
-    dtypes: Sequence[torch.dtype],
-    policy: DtypePolicy,
+    widths: StateWidths,
     update: UpdatePolicy,
-    blocks: Mapping[int | None, float],
-) -> tuple[Layout, list[Home], set[int]]:
-    """The layout, where its chunks live, and which have masters; smaller chunks where they have to move.
-
-    Args:
-        blocks: the optimizers that keep states for blocks of elements, with the bytes of each element's.
-    """
-    alignment = BLOCK if blocks else ALIGNMENT
+) -> tuple[Layout, list[Home]]:
+    """The layout, and where its chunks live at first; smaller chunks where they have to move."""
+    device, host = tiers
+    alignment = BLOCK if any(in_blocks(optimizer) for optimizer in widths.optimizers) else ALIGNMENT
     layout = plan_layout(specs, world_size, chunk_size, alignment)
-    for limit in (None, tier.capacity):
-        if limit is not None:
-            # about ten chunks are in use, idle, or hold gradients at one time
-            limit = limit // (_CHUNKS_AT_ONCE * max(spec.dtype.itemsize for spec in specs))
-            layout = plan_layout(specs, world_size, chunk_size, alignment, limit)
-        masters = _masters(layout, dtypes, policy)
-        if home is not None:
-            return layout, [home] * len(layout.chunks), masters
-        homes = choose_homes(layout, tier, placement, _update_bytes(layout, policy, update, blocks))
-        if homes[0] is Home.FULL:
-            break
-    return layout, homes, masters
+    if home is None and fits_whole(Footprints(layout, widths.policy, update, widths), device, placement):
+        return layout, [Home.FULL] * len(layout.chunks)
+    if device.capacity is not None:
+        # about ten chunks are in use, idle, or hold gradients at one time
+        limit = device.capacity // (_CHUNKS_AT_ONCE * max(spec.dtype.itemsize for spec in specs))
+        layout = plan_layout(specs, world_size, chunk_size, alignment, limit)
+    if home is not None:
+        return layout, [home] * len(layout.chunks)
+    return layout, first_homes(Footprints(layout, widths.policy, update, widths), units, device, host, placement)
+
+
+def _tiers(homes: Collection[Home]) -> set[str]:
+    return {"host" if home is Home.HOST else "device" for home in homes}
 
 
 def _refuse_overlaps(names: Mapping[nn.Parameter, str], unbuilt: Collection[nn.Parameter]) -> None:
@@ -266,30 +276,8 @@ def _masters(layout: Layout, dtypes: Sequence[torch.dtype], policy: DtypePolicy)
         chunk.index
         for chunk in layout.chunks
         if policy.needs_master(chunk.kind.dtype)
-        and (_trained(chunk) or any(dtypes[s.param].itemsize > chunk.kind.dtype.itemsize for s in chunk.slots))
+        and (trained(chunk) or any(dtypes[s.param].itemsize > chunk.kind.dtype.itemsize for s in chunk.slots))
     }
-
-
-def _trained(chunk: ChunkSpec) -> bool:
-    """Whether a step updates the chunk, as things stand; one that is unfrozen later takes its memory then."""
-    return chunk.kind.trainable and chunk.kind.updated
-
-
-def _update_bytes(layout: Layout, policy: DtypePolicy, update: UpdatePolicy, blocks: Mapping[int | None, float]) -> int:
-    """Bytes of gradients, masters and optimizer states on one rank, and of the buffers that reductions go through."""
-    total, buffers = 0, []
-    for chunk in layout.chunks:
-        if _trained(chunk):
-            dtype = chunk.kind.dtype
-            waiting = dtype.itemsize if update.when == "at_step" else 0
-            # exp_avg and exp_avg_sq: what most people's optimizer keeps; the real size shows after the first step
-            states = blocks.get(chunk.kind.optimizer, 2 * policy.state.itemsize)
-            total += int(chunk.numel // layout.world_size * (waiting + policy.master_bytes(dtype) + states))
-            buffers.append(chunk.numel * policy.reduce_dtype(dtype).itemsize)
-    if layout.world_size > 1:
-        # whole gradients that fill or are under way, each with its result and space for what others send
-        total += 2 * sum(sorted(buffers, reverse=True)[:_REDUCING_AT_ONCE])
-    return total
 
 
 def _require_agreement(layout: Layout, collectives: Collectives) -> None:

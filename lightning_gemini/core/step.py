@@ -17,6 +17,7 @@ from lightning_gemini.core.hooks import Hooks, tensors_in
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.stand_in import StandIns
 from lightning_gemini.core.store import Store
+from lightning_gemini.core.trace import Trace
 from lightning_gemini.core.units import Unit
 from lightning_gemini.core.use import Use, Uses
 
@@ -29,6 +30,7 @@ class Step:
         check: whether every step is watched for reads that hooks cannot see.
         live: whether chunks are in charge of the parameters now.
         abort: drops everything that is under way.
+        recorded: called with the trace of a step that was recorded, and whether it was accumulating.
 
     Attributes:
         uses: who has pinned what.
@@ -46,6 +48,7 @@ class Step:
         check: bool,
         live: Callable[[], bool],
         abort: Callable[[], None],
+        recorded: Callable[[Trace, bool], None],
     ) -> None:
         specs = store.layout.params
         self._names: Mapping[nn.Parameter, tuple[int, str]] = {
@@ -53,14 +56,18 @@ class Step:
         }
         self._params = params
         self._tags = store.tags
+        self._schedule = schedule
         self._moving = schedule.moving
         self._gradients = gradients
         self._live = live
         self._abort = abort
+        self._recorded = recorded
+        self._scope: str | None = None  # the name of the step under way, if somebody gave one
+        self._backwards = 0  # in the step under way
         self.uses = Uses(store, schedule, units)
         self.hidden = HiddenReads(self.uses, self._names, check)
         self.stand_ins = StandIns(list(gradients.chunks.values()))
-        self._saved = SavedTensors(store.chunks, self.uses.unpack)
+        self._saved = SavedTensors(store.chunks if self._moving else (), self.uses.unpack)
         self._outermost: ExitStack | None = None  # of a unit called outside of any step
         self._pauses: list[AbstractContextManager[Any]] = []
         pairs = enumerate(zip(params, specs, strict=True))
@@ -74,6 +81,10 @@ class Step:
         if not self._moving:
             yield
             return
+        outermost = not self.running
+        if outermost:
+            self.end(updates=False)  # of a forward that no backward has followed
+            self._scope = name
         self.uses.enter_scope(name)
         try:
             with self._saved.hooks(), self.hidden.watch(name):
@@ -88,6 +99,8 @@ class Step:
                 raise StateError(f"the model {_TRANSFORMS}") from error
             raise
         self.uses.exit_scope()
+        if outermost and (self._backwards or not torch.is_grad_enabled()):
+            self.end(updates=False)
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -100,8 +113,26 @@ class Step:
             self._abort()
             raise
 
+    @property
+    def kind(self) -> str:
+        """What kind of step is under way."""
+        name = self._scope or "step"
+        if not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            return f"{name} without gradients"
+        return f"{name}, accumulating" if self._gradients.accumulating else name
+
+    def end(self, updates: bool) -> None:
+        """The step under way is over, if there is one; ``updates`` tells whether an update follows."""
+        self._scope, self._backwards = None, 0
+        trace = self._schedule.end(updates)
+        if trace is not None:
+            self._recorded(trace, self._gradients.accumulating)
+        if not updates:
+            self._schedule.resume()
+
     def reset(self) -> None:
         """Forgets the forward and the backward under way."""
+        self._scope, self._backwards = None, 0
         self.stand_ins.forget()
         self._hooks.reset()
         self.uses.reset()
@@ -153,6 +184,8 @@ class Step:
         if self._outermost is not None and not self.uses.running:
             contexts, self._outermost = self._outermost, None
             contexts.close()
+            if not torch.is_grad_enabled():
+                self.end(updates=False)
         return use
 
     def pre_backward(self, unit: Unit, use: Use) -> None:
@@ -165,10 +198,14 @@ class Step:
         self._gradients.add(param, self.stand_ins.received(self._params[param], grad))
 
     def backward_over(self, declared: bool) -> None:
-        if declared or self._gradients.begun:  # autograd.grad leaves no gradient anywhere
+        ends = declared or self._gradients.begun  # autograd.grad leaves no gradient anywhere
+        if ends:
             self._gradients.end_backward()
         self.uses.backward_over()
         self.stand_ins.place()
+        self._backwards += 1
+        if self._moving and ends and not self.uses.running:
+            self.end(updates=not self._gradients.accumulating)
 
     def backward_failed(self) -> None:
         self._abort()

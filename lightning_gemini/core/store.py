@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,11 @@ from lightning_gemini.core.agree import TagBook, chunk_tag
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.collectives import Collectives, Pending
 from lightning_gemini.core.dtypes import DtypePolicy
-from lightning_gemini.core.layout import Layout, Slot, tag_numel
+from lightning_gemini.core.layout import ChunkSpec, Layout, Slot, tag_numel
 from lightning_gemini.core.masters import Master
 from lightning_gemini.core.memory import Tier
+from lightning_gemini.core.slabs import Slabs
+from lightning_gemini.core.streams import Mark, Stopwatch, lanes
 from lightning_gemini.optim.masters import round_to_compute
 
 
@@ -23,14 +27,37 @@ class Counters:
     """What has been moved since the engine was made; exact, so that tests can assert it."""
 
     unshards: int = 0  #: chunks made resident
+    prefetched: int = 0  #: of these, begun before somebody needed them
     reshards: int = 0  #: chunks freed
     gathered_bytes: int = 0  #: bytes that arrived from other ranks in unshards and refreshes
-    fetched_bytes: int = 0  #: bytes copied from the host tier to the device
-    offloaded_bytes: int = 0  #: bytes copied from the device to the host tier
+    fetched_bytes: int = 0  #: bytes copied from the host tier to the device for unshards
+    offloaded_bytes: int = 0  #: bytes of gradients copied from the device to the host tier
+    rehomed_bytes: int = 0  #: bytes copied from one tier to the other because a chunk has got another home
     reduces: int = 0  #: reduce-scatters of a chunk's gradients
     reduced_bytes: int = 0  #: bytes that this rank sent for them
     updates: int = 0  #: chunks that an optimizer step has changed
+    followed: int = 0  #: steps, of all kinds, that went by their plan from beginning to end
+    strayed: int = 0  #: steps that began by a plan and went otherwise
     skipped: int = 0  #: steps that were not taken because of gradients that are not finite
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """A chunk that is being filled."""
+
+    reason: str
+    pending: Pending
+    mark: Mark
+
+
+class Beside(Protocol):
+    """Somebody who keeps something beside the shards of chunks, on the same tier."""
+
+    def beside_bytes(self, chunk: Chunk) -> int:
+        """How much that is for one chunk."""
+
+    def move(self, chunk: Chunk, tier: Tier) -> None:
+        """Moves it to the tier where the chunk's home is about to be; there is room."""
 
 
 class Store:
@@ -42,6 +69,13 @@ class Store:
         homes: where the shard of each chunk lives.
         masters: the chunks that have an fp32 master weight, zero until it is written.
         policy: the dtypes; it says which chunks want a master when an optimizer first updates them.
+
+    Attributes:
+        slabs: host memory of what is copied between the tiers.
+        waits: how long units have waited for their chunks.
+        unsharded_bytes: of the chunks that are unsharded now and may be freed.
+        extra_bytes: what others keep beside a chunk's shard, by chunk.
+        beside: who keeps something beside the chunks' shards, which has to move with them.
     """
 
     def __init__(
@@ -60,6 +94,13 @@ class Store:
         self.host = host
         self.collectives = collectives
         self.counters = Counters()
+        self.fetching, self.offloading = lanes(device.device)
+        self.slabs = Slabs(host, pin=device.device.type == "cuda")
+        self.waits = Stopwatch(device.device)
+        self.unsharded_bytes = 0
+        self.extra_bytes: Counter[int] = Counter()
+        self.beside: list[Beside] = []
+        self._coming: dict[int, _Coming] = {}
         self.tags = TagBook(layout, device.device)
         sizes = [chunk.nbytes for chunk in layout.chunks]
         self._common_nbytes = max(set(sizes), key=lambda nbytes: (sizes.count(nbytes), nbytes))
@@ -67,18 +108,21 @@ class Store:
         self.chunks: list[Chunk] = []
         self.masters: dict[int, Master] = {}
         self._policy = policy
-        for spec, home in zip(layout.chunks, homes, strict=True):
-            nbytes = spec.nbytes if home is Home.FULL else spec.nbytes // layout.world_size
-            (host if home is Home.HOST else device).take(nbytes, f"the shard of chunk {spec.index}")
+        pairs = list(zip(layout.chunks, homes, strict=True))
+        hosted = [spec.nbytes // layout.world_size for spec, home in pairs if home is Home.HOST]
+        self.slabs.reserve(hosted, "the shards of parameters")
+        for spec, home in pairs:
+            if home is Home.FULL:
+                device.take(spec.nbytes, f"chunk {spec.index}")
             chunk = Chunk(
                 spec,
                 [layout.params[slot.param] for slot in spec.slots],
                 [params[slot.param] for slot in spec.slots],
                 home,
+                None if home is Home.FULL else self._new_shard(spec, home),
                 collectives.rank,
                 layout.world_size,
                 device.device,
-                host.device,
             )
             if home is Home.FULL:
                 chunk.tag.fill_(chunk_tag(layout, spec.index))
@@ -87,49 +131,71 @@ class Store:
             self.chunks.append(chunk)
             if spec.index in masters:
                 # where no step needs it now, out of the way
-                tier = self.tier_of(chunk) if spec.kind.trainable and spec.kind.updated else host
+                tier = self.tier_of(chunk) if _trained(spec) else host
                 self.masters[spec.index] = self._new_master(chunk, tier)
 
-    def unshard(self, chunk: Chunk, reason: str) -> None:
-        """FREE -> HELD: allocates, fills this rank's slice and gathers the others'.
+    def start(self, chunk: Chunk, reason: str) -> None:
+        """FREE -> COMING: allocates, and begins to fill this rank's slice and to gather the others'.
 
         Raises:
             OutOfBudgetError: it does not fit the device tier.
             DisagreementError: another rank gathered another chunk; ``reason`` names the unit that wanted this one.
         """
         self.device.take(chunk.spec.nbytes, f"chunk {chunk.index} for {reason}")
+        self.unsharded_bytes += chunk.spec.nbytes
         chunk.allocate()
-        try:
-            self.fill(chunk, reason)
-        except BaseException:
-            chunk.full.untyped_storage().resize_(0)
-            self.device.give(chunk.spec.nbytes)
-            raise
-        chunk.hold()
         self.counters.unshards += 1
+        try:
+            self._coming[chunk.index] = self._bring(chunk, reason)
+        except BaseException:
+            self.reshard(chunk)
+            raise
 
-    def fill(self, chunk: Chunk, reason: str) -> None:
-        """Brings this rank's shard and the others' into a chunk that has its memory.
+    def finish(self, chunk: Chunk) -> None:
+        """COMING -> HELD: what computes next waits until the chunk is filled.
 
         Raises:
-            DisagreementError: see :meth:`unshard`.
+            DisagreementError: see :meth:`start`.
         """
+        try:
+            self._arrive(chunk, self._coming.pop(chunk.index))
+        except BaseException:
+            self.reshard(chunk)
+            raise
+        chunk.hold()
+
+    def refill(self, chunk: Chunk, reason: str) -> None:
+        """Brings this rank's shard and the others' into an unsharded chunk once more.
+
+        Raises:
+            DisagreementError: see :meth:`start`.
+        """
+        self._arrive(chunk, self._bring(chunk, reason))
+
+    def _bring(self, chunk: Chunk, reason: str) -> _Coming:
+        with self.fetching.after_compute():
+            if self.layout.world_size > 1:
+                chunk.tag.zero_()  # whatever was here before must not pass for what did not come
+                if chunk.spec.nbytes != self._common_nbytes:
+                    mark = chunk_tag(self.layout, chunk.index)
+                    for found in self.collectives.exchange_marks(mark, self._longest_slice):
+                        self.tags.compare(chunk.index, found, reason)
+            chunk.own.copy_(chunk.shard, non_blocking=True)
+            if chunk.home is Home.HOST:
+                self.counters.fetched_bytes += chunk.shard.nbytes
+            return _Coming(reason, self._gather(chunk), self.fetching.mark())
+
+    def _arrive(self, chunk: Chunk, coming: _Coming) -> None:
+        coming.pending.wait()
+        coming.mark.join()
         if self.layout.world_size > 1:
-            chunk.tag.zero_()  # whatever was here before must not pass for what did not come
-            if chunk.spec.nbytes != self._common_nbytes:
-                for found in self.collectives.exchange_marks(chunk_tag(self.layout, chunk.index), self._longest_slice):
-                    self.tags.compare(chunk.index, found, reason)
-        chunk.own.copy_(chunk.shard)
-        self._gather(chunk).wait()
-        if self.layout.world_size > 1:
-            self.tags.note(chunk.index, chunk.tag, reason)
-        if chunk.home is Home.HOST:
-            self.counters.fetched_bytes += chunk.shard.nbytes
+            self.tags.note(chunk.index, chunk.tag, coming.reason)
 
     def reshard(self, chunk: Chunk) -> None:
         """HELD -> FREE; nothing is copied, the shard holds the same values."""
         chunk.free()
         self.device.give(chunk.spec.nbytes)
+        self.unsharded_bytes -= chunk.spec.nbytes
         self.counters.reshards += 1
 
     def refresh(self, chunk: Chunk) -> Pending:
@@ -191,6 +257,59 @@ class Store:
         """Where the chunk's shard and what goes with it live."""
         return self.host if chunk.home is Home.HOST else self.device
 
+    def rehome(self, chunk: Chunk, home: Home) -> None:
+        """Moves a chunk's shard, and all that is kept beside it, to another home.
+
+        From then on it is never freed (``FULL``), or as resident as it was.
+
+        Raises:
+            OutOfBudgetError: it does not fit there; nothing has moved.
+        """
+        if chunk.home is home:
+            return
+        before, tier = chunk.home, self.host if home is Home.HOST else self.device
+        master = self.masters.get(chunk.index) if _trained(chunk.spec) else None
+        if tier is not self.tier_of(chunk):
+            total = chunk.shard.nbytes + sum(one.beside_bytes(chunk) for one in self.beside)
+            total += 0 if master is None else master.part.nbytes
+            tier.require(total, f"chunk {chunk.index} with its optimizer state")
+            for one in self.beside:
+                one.move(chunk, tier)
+            if master is not None:
+                master.move(tier)
+            self.counters.rehomed_bytes += total
+        if home is Home.FULL:
+            if not chunk.resident:
+                self.device.take(chunk.spec.nbytes, f"chunk {chunk.index}")
+                self.unsharded_bytes += chunk.spec.nbytes
+                chunk.allocate()
+                chunk.own.copy_(chunk.shard)
+                chunk.hold()
+            shard = chunk.own
+        else:
+            shard = self._new_shard(chunk.spec, home)
+            shard.copy_(chunk.shard)
+        self._give_shard(chunk)
+        chunk.settle(home, shard)
+        if Home.FULL in (before, home):  # it may be freed from now on, or no more
+            self.unsharded_bytes += chunk.spec.nbytes * (1 if before is Home.FULL else -1)
+
+    def _new_shard(self, spec: ChunkSpec, home: Home) -> Tensor:
+        """Memory for the shard of a chunk at ``home``, which is not FULL; zeros."""
+        numel, dtype = spec.numel // self.layout.world_size, spec.kind.dtype
+        what = f"the shard of chunk {spec.index}"
+        if home is Home.HOST:
+            return self.slabs.get(numel, dtype, what).zero_()
+        self.device.take(numel * dtype.itemsize, what)
+        with torch.inference_mode(False):
+            return torch.zeros(numel, dtype=dtype, device=self.device.device)
+
+    def _give_shard(self, chunk: Chunk) -> None:
+        if chunk.home is Home.HOST:
+            self.slabs.put(chunk.shard)
+        elif chunk.home is Home.DEVICE:
+            self.device.give(chunk.shard.nbytes)
+
     def read(self, index: int) -> Tensor:
         """The whole of chunk number ``index`` as the optimizer sees it: the master where there is one, else the chunk.
 
@@ -219,13 +338,12 @@ class Store:
         if not self._policy.needs_master(chunk.spec.kind.dtype):
             return None
         tier, known = self.tier_of(chunk), self.masters.get(chunk.index)
-        if known is None or known.tier is not tier:
-            near = self._new_master(chunk, tier)
-            values = self.truth(chunk).to(tier.device, torch.float32)
-            self.masters[chunk.index] = near
+        if known is not None:
+            known.move(tier)
+        else:
+            values = chunk.shard.to(torch.float32)
+            self.masters[chunk.index] = self._new_master(chunk, tier)
             self.put(chunk, 0, values)
-            if known is not None:
-                known.release()
         return self.masters[chunk.index]
 
     def _new_master(self, chunk: Chunk, tier: Tier) -> Master:
@@ -243,11 +361,12 @@ class Store:
     def release(self) -> None:
         """Gives all counted memory back; the store is of no use afterwards."""
         for chunk in self.chunks:
-            if chunk.resident and chunk.home is not Home.FULL:
+            if chunk.resident or chunk.home is Home.FULL:
                 self.device.give(chunk.spec.nbytes)
-            self.tier_of(chunk).give(chunk.spec.nbytes if chunk.home is Home.FULL else chunk.shard.nbytes)
+            self._give_shard(chunk)
         for master in self.masters.values():
             master.release()
+        self.slabs.close()
         self.chunks.clear()
         self.masters.clear()
         self.collectives.close()
@@ -255,6 +374,10 @@ class Store:
     def _gather(self, chunk: Chunk) -> Pending:
         self.counters.gathered_bytes += chunk.spec.nbytes - chunk.own.nbytes
         return self.collectives.gather(chunk.full)
+
+
+def _trained(spec: ChunkSpec) -> bool:
+    return spec.kind.trainable and spec.kind.updated
 
 
 def flatten_like(value: Tensor, stride: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +30,16 @@ def unhooked_step(optimizer: Optimizer) -> Any:
     return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
 
 
-def try_on_pieces(optimizer: Optimizer, group: dict[str, Any], device: torch.device, bits: int) -> str | None:
-    """What is wrong with the optimizer under the settings of ``group``, if anything.
+@dataclass(frozen=True)
+class Outcome:
+    """What the trial of an optimizer has shown: what is wrong with it, if anything, and how much state it keeps."""
+
+    problem: str | None
+    states: float  #: elements of state for each element of a parameter
+
+
+def try_on_pieces(optimizer: Optimizer, group: dict[str, Any], device: torch.device, bits: int) -> Outcome:
+    """Tries the optimizer under the settings of ``group``.
 
     Args:
         bits: of its states, where it has to be told (see ``blocks``); else 0.
@@ -41,7 +50,9 @@ def try_on_pieces(optimizer: Optimizer, group: dict[str, Any], device: torch.dev
     flat = values.flatten().split(cut)
     whole = _train(optimizer, group, [values], [[grad] for grad in grads], bits)
     pieces = _train(optimizer, group, flat, [grad.flatten().split(cut) for grad in grads], bits)
-    return next(_unshareable(pieces), None) or next(_differences(whole, pieces, values.flatten()), None)
+    problem = next(_unshareable(pieces), None) or next(_differences(whole, pieces, values.flatten()), None)
+    kept = sum(v.numel() for state in whole.state.values() for v in state.values() if isinstance(v, Tensor) and v.dim())
+    return Outcome(problem, kept / values.numel())
 
 
 def _numbers(shape: tuple[int, ...]) -> Iterator[Tensor]:

@@ -42,6 +42,7 @@ class OptimizerOnChunks:
         may_update: called before anything is updated; agrees with the other ranks, may raise, says whether to go on.
         updated: called when parameters of a chunk have changed, with the marks of those that have.
         dropped: called when parameters have lost their gradients.
+        over: called last in every step.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class OptimizerOnChunks:
         may_update: Callable[[list[ChunkGradient]], bool],
         updated: Callable[[Chunk, list[bool]], None],
         dropped: Callable[[Iterable[nn.Parameter]], None],
+        over: Callable[[], None],
     ) -> None:
         self.optimizer = optimizer
         self.updates = list(updates)
@@ -65,6 +67,7 @@ class OptimizerOnChunks:
         self._may_update = may_update
         self._updated = updated
         self._dropped = dropped
+        self._over = over
         self._params: list[list[nn.Parameter]] = []
         self._last: ChunkUpdate | None = None  # left to the user's call
         self._stepping = False
@@ -188,6 +191,7 @@ class OptimizerOnChunks:
         if self._unchanged is not None:
             self._set_groups(self._unchanged)
         self._gradients.discard(self.gradients)
+        self._over()
 
     def _exchange_params(self) -> None:
         self._params = [group["params"] for group in self.optimizer.param_groups]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.buffers import Buffers
-from lightning_gemini.core.chunk_gradient import ChunkGradient
+from lightning_gemini.core.chunk_gradient import ChunkGradient, square_sum
 from lightning_gemini.core.errors import DisagreementError, GeminiError, NonFiniteError
-from lightning_gemini.core.gradients import Gradients, square_sum
+from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.update_policy import UpdatePolicy
 from lightning_gemini.optim.loss_scale import LossScale

@@ -1,0 +1,148 @@
+"""What each chunk takes on one rank, and what it moves: exact bytes, from the layout and the settings alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lightning_gemini.core.dtypes import DtypePolicy
+from lightning_gemini.core.layout import ChunkSpec, Layout
+from lightning_gemini.core.planner import ChunkBytes
+from lightning_gemini.core.state_width import StateWidths
+from lightning_gemini.core.units import Unit
+from lightning_gemini.core.update_policy import UpdatePolicy
+
+#: Reductions that have buffers at one time: one that fills, and those under way.
+_REDUCING_AT_ONCE = 3
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """The bytes of one chunk on one rank, by what they are for.
+
+    Attributes:
+        full: the unsharded chunk.
+        parameter: its shard.
+        master: of the shard, beside it.
+        state: of the optimizer.
+        gradient: the reduced shard that waits for the step.
+        extra: whatever else lives beside the shard, such as an average.
+    """
+
+    full: int
+    parameter: int
+    master: int
+    state: int
+    gradient: int
+    extra: int
+
+    @property
+    def kept(self) -> int:
+        """All that lives where the chunk's home is, with the home not in the unsharded chunk."""
+        return self.parameter + self.master + self.state + self.gradient + self.extra
+
+
+@dataclass(frozen=True)
+class Footprints:
+    """Computes the footprints of all chunks.
+
+    Args:
+        layout: the chunks.
+        policy: the dtypes.
+        update: whether gradients wait.
+        widths: how much state the optimizers keep.
+    """
+
+    layout: Layout
+    policy: DtypePolicy
+    update: UpdatePolicy
+    widths: StateWidths
+
+    def all(self, accumulating: bool = False, extra: Mapping[int, int] | None = None) -> list[Footprint]:
+        """One for each chunk.
+
+        Args:
+            accumulating: whether gradient shards are kept in fp32.
+            extra: bytes beside the shards, by chunk.
+        """
+        return [self._of(spec, accumulating, (extra or {}).get(spec.index, 0)) for spec in self.layout.chunks]
+
+    def _of(self, spec: ChunkSpec, accumulating: bool, extra: int) -> Footprint:
+        numel, dtype = spec.numel // self.layout.world_size, spec.kind.dtype
+        parameter = numel * dtype.itemsize
+        if not trained(spec):
+            return Footprint(spec.nbytes, parameter, 0, 0, 0, extra)
+        width = torch.promote_types(dtype, torch.float32).itemsize if accumulating else dtype.itemsize
+        return Footprint(
+            full=spec.nbytes,
+            parameter=parameter,
+            master=numel * self.policy.master_bytes(dtype),
+            state=int(numel * self.widths.of(spec)),
+            gradient=numel * width if self.update.when == "at_step" else 0,
+            extra=extra,
+        )
+
+    @property
+    def halves_states(self) -> bool:
+        """Whether all chunks that are updated could have states in bf16."""
+        return all(self.widths.ruled(spec) for spec in self.layout.chunks if trained(spec))
+
+    def with_bf16_states(self) -> Footprints:
+        """What it would be with these."""
+        policy = replace(self.policy, state=torch.bfloat16)
+        return replace(self, policy=policy, widths=replace(self.widths, policy=policy))
+
+    def moved(self, footprints: Sequence[Footprint], whole: bool) -> list[ChunkBytes]:
+        """The same, as the planner sees it; ``whole`` says whether a home on the device is the unsharded chunk."""
+        return [
+            ChunkBytes(
+                full=one.full,
+                kept=one.kept,
+                hosted=one.kept,
+                fetch=one.parameter,
+                gather=one.full - one.parameter if whole or self.layout.world_size > 1 else one.full,
+                offload=one.gradient or (one.parameter if trained(spec) else 0),
+                trained=trained(spec),
+                whole=whole,
+            )
+            for one, spec in zip(footprints, self.layout.chunks, strict=True)
+        ]
+
+    def gradient_work(self, at_once: int = _REDUCING_AT_ONCE) -> int:
+        """Bytes of the buffers that gradients fill, and on several ranks are reduced through; ``at_once`` of them.
+
+        On several ranks each has its result and space for what others send beside it.
+        """
+        several = self.layout.world_size > 1
+        sizes = sorted(
+            (
+                spec.numel * (self.policy.reduce_dtype(spec.kind.dtype) if several else spec.kind.dtype).itemsize
+                for spec in self.layout.chunks
+                if trained(spec)
+            ),
+            reverse=True,
+        )
+        return 2 * sum(sizes[:at_once]) if several else sum(sizes[:1])
+
+
+def trained(spec: ChunkSpec) -> bool:
+    """Whether a step updates the chunk, as things stand; one that is unfrozen later takes its memory then."""
+    return spec.kind.trainable and spec.kind.updated
+
+
+def working_set(layout: Layout, units: Sequence[Unit]) -> tuple[int, str]:
+    """Bytes of the unsharded chunks that have to be there at one time, at the least, and for which unit.
+
+    Those are a unit's own and those of the units around it, whose forwards are running.
+    """
+    own = {unit.name: {layout.place(param)[0] for param in unit.params} for unit in units}
+    most, where = 0, "the model"
+    for unit in units:
+        around = [name for name in own if name == "model" or unit.name == name or unit.name.startswith(f"{name}.")]
+        chunks = set().union(*(own[name] for name in around)) if own[unit.name] else set()
+        nbytes = sum(layout.chunks[index].nbytes for index in chunks)
+        if nbytes > most:
+            most, where = nbytes, unit.name
+    return most, where

@@ -1,0 +1,126 @@
+"""Writes down one followed step for people: a timeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+
+from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.footprint import trained
+from lightning_gemini.core.store import Store
+from lightning_gemini.core.timeline import Timeline, TimelineChunk, TimelineMoment
+
+
+class Journal:
+    """The latest step of a kind that was followed from its beginning to its end, after :meth:`ask`.
+
+    Args:
+        store: the chunks.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._asked = False
+        self._writing: str | None = None  # the kind of step
+        self._moments: list[TimelineMoment] = []
+        self._done: tuple[str, list[TimelineMoment], float] | None = None
+        self._began = self._waited = 0.0
+        self._fetched = self._offloaded = 0
+
+    @property
+    def writing(self) -> bool:
+        """Whether the step under way is being written down."""
+        return self._writing is not None
+
+    def ask(self) -> None:
+        """The next step that is followed is to be written down."""
+        self._asked = True
+
+    def begin(self, kind: str, gradients: bool) -> None:
+        """A followed step begins; one without gradients does not take the place of one with."""
+        self.cancel()
+        if self._asked and (gradients or self._done is None or not any(m.backward for m in self._done[1])):
+            self._writing = kind
+            self._began = time.perf_counter()
+            self._mark()
+
+    def moment(
+        self, chunk: Chunk, reason: str, in_use: Collection[int], idle: Collection[int], coming: Collection[int]
+    ) -> None:
+        """A moment has begun with ``chunk``, which is usable; the others are indices of chunks."""
+        self._close()
+        device, store = self._store.device, self._store
+        waited, self._waited = store.waits.seconds() - self._waited, store.waits.seconds()
+        self._moments.append(
+            TimelineMoment(
+                reason=reason,
+                backward=torch._C._current_graph_task_id() != -1,
+                chunk=chunk.index,
+                seconds=time.perf_counter() - self._began,
+                waited=waited,
+                resident=tuple(sorted((*in_use, *idle))),
+                pinned=tuple(sorted(in_use)),
+                coming=tuple(sorted(coming)),
+                homes=device.used - device.work - store.unsharded_bytes,
+                unsharded=store.unsharded_bytes,
+                other=0,  # known at the moment's end, as are the copies
+                fetched=0,
+                offloaded=0,
+            )
+        )
+        device.work_peak = device.work
+
+    def end(self, gradients: bool) -> None:
+        """The step is over, and went as it was known."""
+        self._close()
+        self._done = str(self._writing), self._moments, time.perf_counter() - self._began
+        self._asked = self._asked and not gradients
+        self.cancel()
+
+    def cancel(self) -> None:
+        """The step under way is not the one that was expected, or failed."""
+        self._writing, self._moments = None, []
+
+    def timeline(self, report: str) -> Timeline:
+        """What has been written down; without moments if no step was followed.
+
+        Args:
+            report: the memory report.
+        """
+        kind, moments, seconds = self._done or ("step", [], 0.0)
+        store = self._store
+        chunks = (
+            TimelineChunk(
+                index=chunk.index,
+                nbytes=chunk.spec.nbytes,
+                on_device=chunk.home is not Home.HOST,
+                first=chunk.names[0],
+                trained=trained(chunk.spec),
+                kept=chunk.home is Home.FULL,
+            )
+            for chunk in store.chunks
+        )
+        ranks = store.layout.world_size
+        return Timeline(
+            kind, store.collectives.rank, ranks, store.device.capacity, tuple(chunks), tuple(moments), seconds, report
+        )
+
+    def _close(self) -> None:
+        counters = self._store.counters
+        if self._moments:
+            self._moments[-1] = replace(
+                self._moments[-1],
+                other=self._store.device.work_peak,
+                fetched=counters.fetched_bytes - self._fetched,
+                offloaded=counters.offloaded_bytes - self._offloaded,
+            )
+        self._mark()
+
+    def _mark(self) -> None:
+        counters = self._store.counters
+        self._fetched, self._offloaded = counters.fetched_bytes, counters.offloaded_bytes
+        if not self._moments:
+            self._waited = self._store.waits.seconds()

@@ -1,0 +1,198 @@
+"""Where chunks have their homes and what steps go by: plans whenever a step has been recorded, and moves what has to.
+
+NOTE: agreement.
+Plans are made from the same numbers on all ranks: of each moment the most memory that any rank has seen, of each budget
+the smallest. So all ranks keep, free and prefetch the same chunks, and nothing but the recorded step is exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.chunk_gradient import GradientState
+from lightning_gemini.core.errors import OutOfBudgetError
+from lightning_gemini.core.footprint import Footprints
+from lightning_gemini.core.gradients import Gradients
+from lightning_gemini.core.planner import ChunkBytes, DoesNotFitError, Plan, plan
+from lightning_gemini.core.refusal import activations_do_not_fit
+from lightning_gemini.core.schedule import Schedule
+from lightning_gemini.core.store import Store
+from lightning_gemini.core.trace import Moment, Trace, merge
+
+#: Unsharded chunks beside those in use where the device is to hold little: one that comes, and two that are idle.
+_WINDOW_CHUNKS = 3
+
+
+@dataclass(frozen=True)
+class PlacementPolicy:
+    """What the plans may do.
+
+    Attributes:
+        homes: ``"auto"`` moves homes to where they save the most; ``"fixed"`` leaves them where they are.
+        narrow: whether the device is to hold little beside what is in use, however much room there is.
+        depth: the most chunks that are fetched ahead of their need, ``None`` for as many as there is room for.
+    """
+
+    homes: Literal["auto", "fixed"] = "auto"
+    narrow: bool = False
+    depth: int | None = None
+
+
+class Placement:
+    """Plans for one engine.
+
+    Args:
+        store: the chunks.
+        schedule: what follows the plans.
+        gradients: those of the chunks.
+        footprints: what chunks take.
+        policy: what the plans may do.
+        trains: whether there are optimizers, so that homes wait for the first training step.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        schedule: Schedule,
+        gradients: Gradients,
+        footprints: Footprints,
+        policy: PlacementPolicy,
+        trains: bool,
+    ) -> None:
+        self._store = store
+        self._schedule = schedule
+        self._playbook = schedule.playbook
+        self._gradients = gradients
+        self._footprints = footprints
+        self._policy = policy
+        self._trains = trains
+        self._accumulating = False
+        schedule.make_room = self._give_up_a_home
+        self._set_limit()
+
+    def recorded(self, trace: Trace, accumulating: bool) -> None:
+        """A step has been recorded: agrees on it with the other ranks, which call too, and plans anew.
+
+        Args:
+            accumulating: whether the step kept gradients in fp32.
+
+        Raises:
+            OutOfBudgetError: it takes more than there is, wherever chunks have their homes; on all ranks.
+        """
+        self._accumulating |= accumulating
+        every = self._store.collectives.gather_objects(trace)
+        self._playbook.add(self._with_reserve(merge(every)))
+        self.replan()
+
+    def replan(self) -> None:
+        """Plans for all known steps, and moves homes; all ranks call, between two steps.
+
+        Raises:
+            OutOfBudgetError: a known step takes more than there is.
+        """
+        known = self._playbook.known
+        if not known:
+            return
+        traces = [one.trace for one in known]
+        free = self._policy.homes == "auto" and (not self._trains or any(trace.updates for trace in traces))
+        now = [chunk.home is not Home.HOST for chunk in self._store.chunks]
+        try:
+            made = self._plan(traces, "auto" if free else now)
+        except DoesNotFitError as error:
+            if free or self._policy.homes == "fixed":
+                raise activations_do_not_fit(error, traces, self._store) from error
+            made = self._plan(traces, "auto")
+        for one, step in zip(known, made.steps, strict=True):
+            one.plan = step
+        self._move(made.on_device)
+        self._set_limit()
+        self._schedule.journal.ask()
+
+    def rebudget(self, capacity: int | None) -> None:
+        """Plans anew for a device of another size, the smallest that any rank gives; all call.
+
+        Raises:
+            OutOfBudgetError: a known step takes more than that; the old size stays.
+        """
+        device = self._store.device
+        every = self._store.collectives.gather_objects(capacity)
+        capacity = min((nbytes for nbytes in every if nbytes is not None), default=None)
+        before, device.capacity = device.capacity, capacity
+        try:
+            self.replan()
+        except OutOfBudgetError:
+            device.capacity = before
+            raise
+
+    def _plan(self, traces: Sequence[Trace], homes: Literal["auto"] | Sequence[bool]) -> Plan:
+        sizes = self._sizes()
+        window = None
+        if self._policy.narrow:
+            window = _WINDOW_CHUNKS * max(size.full for size in sizes)
+        device, host = self._store.device.capacity, self._store.host.capacity
+        return plan(traces, sizes, device, host, homes=homes, window=window, depth=self._policy.depth)
+
+    def _sizes(self) -> list[ChunkBytes]:
+        footprints = self._footprints
+        return footprints.moved(footprints.all(self._accumulating, self._store.extra_bytes), self._near() is Home.FULL)
+
+    def _near(self) -> Home:
+        """What a home on the device is: on one rank it need not be freed, unless somebody wants that."""
+        apart = any(chunk.home is Home.DEVICE for chunk in self._store.chunks)
+        return Home.DEVICE if apart or self._store.layout.world_size > 1 else Home.FULL
+
+    def _move(self, on_device: Sequence[bool]) -> None:
+        self._schedule.free_idle()
+        near = self._near()
+        pairs = list(zip(self._store.chunks, on_device, strict=True))
+        if self._policy.homes == "auto":
+            for chunk, stays in pairs:
+                if not stays:
+                    self._rehome(chunk, Home.HOST)
+            self._gradients.trim()
+            for chunk, stays in pairs:
+                if stays:
+                    self._rehome(chunk, near)
+            self._store.slabs.trim()
+
+    def _rehome(self, chunk: Chunk, home: Home) -> None:
+        self._store.rehome(chunk, home)
+        if home is not Home.FULL and chunk.resident and not chunk.pins:
+            self._store.reshard(chunk)  # it was kept until now
+
+    def _give_up_a_home(self, in_use: Collection[int]) -> bool:
+        """Moves the home of a chunk that nobody needs now to host memory; whether there was one."""
+        if self._policy.homes == "fixed":
+            return False
+        for chunk in reversed(self._store.chunks):
+            gradient = self._gradients.chunks.get(chunk.index)
+            busy = gradient is not None and gradient.state is not GradientState.EMPTY
+            if chunk.home is not Home.HOST and chunk.index not in in_use and not busy:
+                self._rehome(chunk, Home.HOST)
+                self._gradients.trim()
+                self._set_limit()
+                return True
+        return False
+
+    def _set_limit(self) -> None:
+        if (capacity := self._store.device.capacity) is None:
+            return
+        sizes = self._sizes()
+        kept = sum(sizes[chunk.index].kept for chunk in self._store.chunks if chunk.home is not Home.HOST)
+        self._schedule.limit = capacity - kept - self._footprints.gradient_work()
+
+    def _with_reserve(self, trace: Trace) -> Trace:
+        """``trace`` with room for the buffers of reductions: how many are under way at a time is not the same twice."""
+        capacity = self._store.device.capacity
+        if capacity is None or self._store.layout.world_size == 1:
+            return trace
+        reserve, chunks = self._footprints.gradient_work(), self._store.chunks
+
+        def widened(moment: Moment) -> Moment:
+            pinned = sum(chunks[index].spec.nbytes for index in moment.pinned)
+            return replace(moment, other=max(moment.other, min(reserve, capacity - pinned)))
+
+        return replace(trace, moments=tuple(widened(m) if m.backward else m for m in trace.moments))

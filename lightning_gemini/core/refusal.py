@@ -1,0 +1,157 @@
+"""Says what does not fit, in numbers, and what would make it fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lightning_gemini.core.errors import OutOfBudgetError
+from lightning_gemini.core.footprint import Footprint, Footprints
+from lightning_gemini.core.memory import Tier, format_bytes
+from lightning_gemini.core.planner import DoesNotFitError
+from lightning_gemini.core.store import Store
+from lightning_gemini.core.trace import Trace
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model needs on one rank, in bytes.
+
+    Attributes:
+        footprints: how the chunks' bytes are computed.
+        working_set: unsharded chunks and gradient buffers that have to be on the device at one time.
+        unit: the unit that needs the most of them.
+        host_holds: whether homes in host memory are allowed.
+        device_holds: whether homes on the device are.
+    """
+
+    footprints: Footprints
+    working_set: int
+    unit: str
+    host_holds: bool
+    device_holds: bool
+
+    def homes(self, footprints: Footprints | None = None) -> int:
+        """Bytes of all chunks' homes."""
+        return sum(one.kept for one in (footprints or self.footprints).all())
+
+
+def model_does_not_fit(need: Need, device: Tier, host: Tier) -> OutOfBudgetError:
+    """The error for a model whose chunks do not fit, before its first step."""
+    total = need.homes()
+    spare = max((device.capacity or 0) - need.working_set, 0) if need.device_holds else 0
+    room = host.capacity if need.host_holds else 0
+    rows = [("", "needed", "available", "")]
+    in_host = total if need.host_holds and not need.device_holds else max(total - spare, 0) if need.host_holds else 0
+    on_device = need.working_set + (0 if need.host_holds else total)
+    used_for = f"chunks and gradient buffers in use at one time, the most for {need.unit}"
+    if not need.host_holds:
+        used_for = f"{_parts(need.footprints.all())}; {format_bytes(need.working_set)} for {used_for}"
+    rows.append(("device memory", format_bytes(on_device), _bound(device.capacity), used_for))
+    if need.host_holds:
+        rest = f", of which {format_bytes(total - in_host)} can be on the device" if in_host < total else ""
+        rows.append(("host memory", format_bytes(in_host), _bound(host.capacity), _parts(need.footprints.all()) + rest))
+    ranks = need.footprints.layout.world_size
+    available = None if need.host_holds and room is None else (room or 0) + spare
+    remedies = _device_remedies(need, device) if _lacks(device, on_device) else []
+    if available is not None and total > available:
+        remedies += _remedies(need, total, available, ranks)
+    return OutOfBudgetError(
+        f"this model does not fit the memory of each of {ranks} rank(s):\n\n{_table(rows)}\n\nWhat would make it fit:\n"
+        + "\n".join(f"- {remedy}" for remedy in remedies)
+    )
+
+
+def activations_do_not_fit(error: DoesNotFitError, traces: Sequence[Trace], store: Store) -> OutOfBudgetError:
+    """The error for a recorded step that takes more than there is, before its update."""
+    if error.trace is None or error.moment is None:
+        return OutOfBudgetError(
+            f"{format_bytes(error.needed)} of host memory are needed on each rank for what the device has no room for, "
+            f"but {format_bytes(error.available)} may be used. The weights are unchanged. Use a larger host_memory or "
+            "device_memory, more ranks, or a smaller batch, which leaves more of the device to chunks."
+        )
+    moment = traces[error.trace].moments[error.moment]
+    chunks = sum(store.chunks[index].spec.nbytes for index in moment.pinned)
+    rows = [
+        ("device memory", ""),
+        ("chunks in use", format_bytes(chunks)),
+        ("activations, gradient buffers and others", format_bytes(moment.other)),
+        ("needed", format_bytes(error.needed)),
+        ("available", format_bytes(error.available)),
+    ]
+    return OutOfBudgetError(
+        f"the recorded {traces[error.trace].kind} does not fit, even with all chunks in host memory that nobody is "
+        f"using. The most is needed in {moment.reason} (moment {error.moment} of {len(traces[error.trace].moments)}); "
+        f"the weights are unchanged.\n\n{_table(rows)}\n\nWhat would make it fit:\n"
+        "- a smaller batch, or shorter sequences\n"
+        "- gradient checkpointing\n"
+        "- a larger device_memory, or a smaller margin, where the device has more\n"
+        "- a smaller chunk_size, or smaller unit_modules, if chunks are most of it"
+    )
+
+
+def _remedies(need: Need, total: int, available: int, ranks: int) -> list[str]:
+    found = []
+    if need.host_holds:
+        found.append(f"{format_bytes(total - available)} more host memory (host_memory=...)")
+    else:
+        found.append("placement='auto' or 'host', which keep in host memory what has no room")
+    if available > 0:
+        found.append(f"{math.ceil(ranks * total / available)} ranks instead of {ranks}")
+    for what, footprints in _smaller(need.footprints):
+        smaller = need.homes(footprints)
+        if smaller < total:
+            verdict = "enough" if smaller <= available else "not enough alone"
+            found.append(f"{what}: {format_bytes(smaller)} instead of {format_bytes(total)}, {verdict}")
+    return found
+
+
+def _smaller(footprints: Footprints) -> list[tuple[str, Footprints]]:
+    policy, update = footprints.policy, footprints.update
+    found = []
+    if policy.master == "fp32" and policy.compute == torch.bfloat16:
+        found.append(
+            ("split masters (master_weights='split')", replace(footprints, policy=replace(policy, master="split")))
+        )
+    if policy.state == torch.float32 and footprints.halves_states:
+        found.append(("bf16 states (state_dtype='bf16')", footprints.with_bf16_states()))
+    if update.when == "at_step" and not update.skips:
+        found.append(("update='in_backward'", replace(footprints, update=replace(update, when="in_backward"))))
+    return found
+
+
+def _device_remedies(need: Need, device: Tier) -> list[str]:
+    return [
+        f"a device_memory of {format_bytes(need.working_set)} or more, where the device has it",
+        "a smaller chunk_size, if no one parameter is that large",
+        "smaller units: fewer modules in unit_modules",
+    ]
+
+
+def _lacks(tier: Tier, nbytes: int) -> bool:
+    return tier.capacity is not None and nbytes > tier.capacity
+
+
+def _bound(capacity: int | None) -> str:
+    return "no bound" if capacity is None else format_bytes(capacity)
+
+
+def _parts(footprints: Sequence[Footprint]) -> str:
+    """What homes consist of."""
+    parts = {
+        "parameters": sum(one.parameter for one in footprints),
+        "masters": sum(one.master for one in footprints),
+        "optimizer states": sum(one.state for one in footprints),
+        "gradients": sum(one.gradient for one in footprints),
+    }
+    return ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in parts.items() if nbytes)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
