@@ -3,7 +3,8 @@
 NOTE: reduce order.
 Every chunk that an optimizer updates is reduced once per backward on every rank, in one agreed order: a chunk that is
 complete waits for those before it, and what has not come when the outermost backward ends travels as zeros. So
-reductions match across the ranks even where a parameter is used on one of them only. The order is at first the layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
+reductions match across the ranks even where a parameter is used on one of them only. The order is at first the
+layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
 
 NOTE: late gradients.
 A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced is
