@@ -27,6 +27,7 @@ from lightning_gemini.even import even, require_even
 from lightning_gemini.handover import hand_back
 from lightning_gemini.precision import GeminiPrecision
 from lightning_gemini.ranks import RankStrategy, StartMethod
+from lightning_gemini.step_file import write_step
 from lightning_gemini.supported import require_no_waiting_gradients, require_supported
 
 Placement = Literal["auto", "device", "host", "cuda", "cpu"]
@@ -255,6 +256,8 @@ class GeminiStrategy(RankStrategy):
     @override
     def teardown(self) -> None:
         if self._engine is not None:
+            if not self._failed:
+                write_step(self._trainer, self._engine)
             parted = self._failed and self.world_size > 1
             hand_back(self._engine, parted, self._budgets.host_bytes(self.num_processes))
             self._engine = None

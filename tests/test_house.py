@@ -24,7 +24,7 @@ ROOMS = [
     ["data"],
     ["text"],
     ["strategy"],
-    ["ranks", "precision", "even", "supported", "handover", "budgets"],
+    ["ranks", "precision", "even", "supported", "handover", "budgets", "step_file"],
     ["core"],
     ["core.shard"],
     ["core.engine"],

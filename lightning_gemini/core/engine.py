@@ -84,7 +84,8 @@ class Engine:
         live, recorded = self._is_live, self._placement.recorded
         self._step = Step(params, self.units, store, self._schedule, self._gradients, check, live, self.abort, recorded)
         self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: not self._is_live())
-        self._verdict = Verdict(store, self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, update)
+        suspect = self._step.hidden.suspect
+        self._verdict = Verdict(store, self._gradients, self._ballot, self._buffers, suspect, self._schedule, update)
         self.optimizers = Optimizers(
             optimizers,
             store,

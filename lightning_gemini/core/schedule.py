@@ -55,9 +55,11 @@ class Schedule:
 
     Attributes:
         playbook: the steps that are known.
+        probe: measures what is on the device beside chunks.
         journal: writes steps down for people.
         moving: whether chunks may be freed at all; if not, parameters are always resident.
         limit: bytes of unsharded chunks that may be freed, as all ranks have agreed; ``None`` for no bound.
+        grown: whether a step has taken more memory than plans may use, so that it is to be recorded again.
         make_room: called with the bytes that are missing where freeing is not enough, for a home on the device to be
             given up; says whether there is any point in trying again.
     """
@@ -66,7 +68,7 @@ class Schedule:
         self._store = store
         self.playbook = Playbook()
         self._kind = kind
-        self._probe = MemoryProbe(store.device.device)
+        self.probe = MemoryProbe(store.device.device)
         self._course = Course.NONE
         self._step_kind = ""
         self._begun: list[int] = []  # the chunks that moments of the step under way have begun with
@@ -78,6 +80,7 @@ class Schedule:
         self._expired: set[int] = set()  # updated in the backward under way
         self.journal = Journal(store)
         self.limit: int | None = None
+        self.grown = False
         self.make_room: Callable[[Collection[int]], bool] = lambda _: False
         if store.layout.world_size == 1:
             store.device.spare = self._spare
@@ -165,6 +168,7 @@ class Schedule:
             if len(self._begun) == len(self._known.trace.moments) and updates == self._known.trace.updates:
                 self.playbook.followed(self._known)
                 self._store.counters.followed += 1
+                self._look_for_growth()
                 if self.journal.writing:
                     self.journal.end(self._known.trace.has_backward)
             else:  # it ended early, or without an update
@@ -184,6 +188,12 @@ class Schedule:
         self._free_all_but(known.plan.start)
         for index in known.plan.start:
             self._begin_to_bring(self._store.chunks[index], "the next step")
+
+    def record_again(self) -> None:
+        """Has the next step of each kind recorded, because one has grown on some rank; all ranks call."""
+        self.grown = False
+        for known in self.playbook.known:
+            self.playbook.lost(known.trace.kind)
 
     def free_idle(self) -> None:
         """Frees all chunks that nobody uses."""
@@ -236,11 +246,12 @@ class Schedule:
             self._known = known
             self._free_all_but(known.plan.start)
             self.journal.begin(known.trace.kind, known.trace.has_backward)
+            self.probe.reset()
             return
         self.free_idle()
         if self.playbook.worth_recording(self._step_kind):
             self._go(Course.RECORDING)
-            self._recorder = Recorder(self._step_kind, self._store.device, self._probe)
+            self._recorder = Recorder(self._step_kind, self._store.device, self.probe)
         else:
             self._go(Course.ASTRAY)
 
@@ -251,11 +262,17 @@ class Schedule:
         self._store.counters.strayed += 1
         self.journal.cancel()
         if self.playbook.worth_recording(self._step_kind):
-            self._recorder = Recorder(self._step_kind, self._store.device, self._probe, moments)
+            self._recorder = Recorder(self._step_kind, self._store.device, self.probe, moments)
         for chunk in list(self._coming.values()):
             self._drop(chunk)
         while len(self._idle) > IDLE_CHUNKS:
             self._free_oldest()
+
+    def _look_for_growth(self) -> None:
+        capacity = self._store.device.capacity
+        self.grown |= capacity is not None and self.probe.peak() > capacity
+        if self.grown and self._store.layout.world_size == 1:
+            self.record_again()  # several ranks agree on it before an update
 
     def _stop(self) -> None:
         if self._course is not Course.NONE:

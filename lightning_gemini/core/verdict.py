@@ -12,6 +12,7 @@ from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient, square_sum
 from lightning_gemini.core.errors import DisagreementError, GeminiError, NonFiniteError
 from lightning_gemini.core.gradients import Gradients
+from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.update_policy import UpdatePolicy
 from lightning_gemini.optim.loss_scale import LossScale
@@ -26,6 +27,7 @@ class Verdict:
         ballot: how the ranks agree.
         buffers: the model's; those that have changed are brought to all ranks.
         suspect: called when any rank has failed.
+        schedule: has steps recorded again if they have grown on any rank.
         policy: what becomes of steps with gradients that are not finite.
     """
 
@@ -36,6 +38,7 @@ class Verdict:
         ballot: Ballot,
         buffers: Buffers,
         suspect: Callable[[], None],
+        schedule: Schedule,
         policy: UpdatePolicy,
     ) -> None:
         self._store = store
@@ -43,6 +46,7 @@ class Verdict:
         self._ballot = ballot
         self._buffers = buffers
         self._suspect = suspect
+        self._schedule = schedule
         self._policy = policy
         self._used: list[Tensor] = []
 
@@ -91,8 +95,10 @@ class Verdict:
         except GeminiError as error:
             failure = error
         used, self._used = self._used, []
-        flags = [failure is not None, *self._buffers.changed()]
-        sound, (failed, *changed) = self._ballot.settle(chunks, flags, used)
+        flags = [failure is not None, self._schedule.grown, *self._buffers.changed()]
+        sound, (failed, grown, *changed) = self._ballot.settle(chunks, flags, used)
+        if grown:
+            self._schedule.record_again()
         if failed:
             self._gradients.discard(chunks)  # they may be what was wrong
             self._suspect()

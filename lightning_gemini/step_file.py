@@ -1,0 +1,28 @@
+"""Leaves one step of a run in its folder, for ``lightning-gemini report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+from lightning_gemini.core import Engine
+from lightning_gemini.core.timeline import file_name
+
+
+def write_step(trainer: L.Trainer, engine: Engine) -> None:
+    """Writes a step of rank 0 into the logger's folder or, without one, the root folder; where chunks move only.
+
+    All ranks have to call.
+    """
+    if not engine.moving or trainer.fast_dev_run:
+        return
+    folder = trainer.log_dir  # a broadcast
+    if folder is None or not trainer.is_global_zero:
+        return
+    path = Path(folder) / file_name(trainer.global_rank)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(engine.timeline().to_json())
+    except OSError as error:  # no reason for a run to fail
+        L.pytorch.utilities.rank_zero_warn(f"the step for lightning-gemini report could not be written: {error}")
