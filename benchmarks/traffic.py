@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.contender import Contender
-from lightning_gemini.core import Chunk, Engine, Home
+from lightning_gemini.core import Chunk, ChunkState, Engine, Home
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _watch(engine: Engine) -> Iterator[tuple[list[frozenset[int]], list[int]]]:
     """Lists which chunks each unit call in a forward needs, and the most chunks that are unsharded at one time."""
     needs: list[frozenset[int]] = []
     running: list[frozenset[int]] = []
-    peak = [sum(c.resident for c in engine.store.chunks)]
+    peak = [sum(c.state is not ChunkState.FREE for c in engine.store.chunks)]
 
     def enter(own: frozenset[int], *_: Any) -> None:
         running.append(own.union(*running[-1:]))
@@ -107,7 +107,7 @@ def _watch(engine: Engine) -> Iterator[tuple[list[frozenset[int]], list[int]]]:
 
     def count(move: Callable[..., None], chunk: Chunk, *rest: str) -> None:
         move(chunk, *rest)
-        peak[0] = max(peak[0], sum(c.resident for c in engine.store.chunks))
+        peak[0] = max(peak[0], sum(c.state is not ChunkState.FREE for c in engine.store.chunks))
 
     handles = []
     for unit in engine.units:
@@ -116,10 +116,10 @@ def _watch(engine: Engine) -> Iterator[tuple[list[frozenset[int]], list[int]]]:
             unit.module.register_forward_pre_hook(partial(enter, own)),
             unit.module.register_forward_hook(leave),
         ]
-    engine.store.unshard = partial(count, engine.store.unshard)  # type: ignore[method-assign]
+    engine.store.start = partial(count, engine.store.start)  # type: ignore[method-assign]
     try:
         yield needs, peak
     finally:
-        del engine.store.unshard
+        del engine.store.start
         for handle in handles:
             handle.remove()

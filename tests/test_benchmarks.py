@@ -170,7 +170,7 @@ def _check(benchmark: str, contender: dict) -> None:
         assert contender["parameters_per_second"] * contender["median_seconds"] == pytest.approx(2**16)
     else:
         nbytes, traffic = contender["bytes_per_parameter"], contender["traffic"]
-        assert nbytes["rest"] <= nbytes["loaded"] <= nbytes["peak"]
+        assert max(nbytes["rest"], nbytes["loaded"]) <= nbytes["peak"]
         if contender["name"].startswith("gemini"):
             assert nbytes["loaded"] == pytest.approx(nbytes["counted"], rel=0.05)
             assert all(traffic["moved"][key] >= least for key, least in traffic["least"].items())

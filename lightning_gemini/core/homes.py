@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import product
 
 #: By chunk, whether its home is the device.
 Homes = tuple[bool, ...]
@@ -14,11 +15,17 @@ Rating = tuple[int, ...]
 #: Up to so many chunks every number of homes is tried, and each chunk the other way in the end.
 FEW_CHUNKS = 24
 
-#: Beyond: points of the grid that is laid again and again around the best, and chunks tried in the end.
+#: Up to so many, each pair of chunks on different sides, too.
+_SWAPPED_CHUNKS = 12
+
+#: Beyond :data:`FEW_CHUNKS`: points of the grid that is laid again and again around the best; chunks tried in the end.
 _GRID, _TRIED = 9, 8
 
 #: How many homes are handed back.
 _FINALISTS = 3
+
+#: Of what is not wanted.
+_WORST: Rating = (2**200,)
 
 
 def nested_homes(order: Sequence[int], fits: Callable[[Homes], bool]) -> list[Homes]:
@@ -52,7 +59,8 @@ def search_homes(
     """The best homes that were found, the best first; empty if none is possible.
 
     Along each order every number of homes is rated if there are few chunks; if there are many, those on a grid that
-    narrows around the best. Then single chunks are moved to the other side while that is better.
+    narrows around the best. Then single chunks are moved to the other side where that is better, and where there are
+    very few, pairs change places.
 
     Args:
         orders: opinions about which chunks are worth the most on the device; each a permutation of all.
@@ -74,15 +82,17 @@ def search_homes(
     if not rated:
         return []
     best = min(rated, key=cost)
-    others = [c for c in orders[0] if not best[c]] + [c for c in reversed(orders[0]) if best[c]]
-    for chunk in others if len(others) <= FEW_CHUNKS else others[:_TRIED]:
-        flipped = _flip(best, chunk)
-        if fits(flipped) and allowed(flipped) and cost(flipped) < cost(best):
-            best = flipped
+    hosted, settled = [c for c in orders[0] if not best[c]], [c for c in reversed(orders[0]) if best[c]]
+    moves: list[tuple[int, ...]] = [(chunk,) for chunk in (*hosted, *settled)]
+    if len(moves) > FEW_CHUNKS:
+        moves = moves[:_TRIED]
+    elif len(moves) <= _SWAPPED_CHUNKS:
+        moves += product(hosted, settled)
+    for move in moves:
+        other = _flip(best, *move)
+        if fits(other) and allowed(other) and cost(other) < cost(best):
+            best = other
     return sorted(rated, key=cost)[:_FINALISTS]
-
-
-_WORST: Rating = (2**200,)
 
 
 def _narrow(steps: Sequence[Homes], cost: Callable[[Homes], Rating], grid: int) -> None:
@@ -96,5 +106,5 @@ def _narrow(steps: Sequence[Homes], cost: Callable[[Homes], Rating], grid: int) 
         low, high = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
 
 
-def _flip(homes: Homes, chunk: int) -> Homes:
-    return (*homes[:chunk], not homes[chunk], *homes[chunk + 1 :])
+def _flip(homes: Homes, *chunks: int) -> Homes:
+    return tuple(home != (index in chunks) for index, home in enumerate(homes))

@@ -45,7 +45,7 @@ class Journal:
         if self._asked and (gradients or self._done is None or not any(m.backward for m in self._done[1])):
             self._writing = kind
             self._began = time.perf_counter()
-            self._mark()
+            self._waited = self._store.waits.seconds()
 
     def moment(
         self, chunk: Chunk, reason: str, in_use: Collection[int], idle: Collection[int], coming: Collection[int]
@@ -117,10 +117,9 @@ class Journal:
                 fetched=counters.fetched_bytes - self._fetched,
                 offloaded=counters.offloaded_bytes - self._offloaded,
             )
-        self._mark()
+        self.mark()
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
+        """A step is over: what is copied from now on belongs to the next one."""
         counters = self._store.counters
         self._fetched, self._offloaded = counters.fetched_bytes, counters.offloaded_bytes
-        if not self._moments:
-            self._waited = self._store.waits.seconds()

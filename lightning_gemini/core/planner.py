@@ -130,7 +130,7 @@ def plan(
 
     Raises:
         DoesNotFitError: a moment does not fit the device, or the homes that are left do not fit the host.
-        ValueError: ``homes`` is not of the chunks' number.
+        ValueError: ``homes`` is another word, or not one flag for each chunk.
     """
     planner = _Planner(traces, chunks, device, host, window, depth)
     if homes == "auto":
@@ -349,7 +349,8 @@ class _Planner:
         """All chunks by what a home on the device saves per byte that it takes, those of equal worth by first use.
 
         One order counts every unshard that may ever be, equal chunks from the front or from the back; one counts
-        those that remain where all homes are in host memory. If these do not fit there, one has the largest first.
+        those that remain where all homes are in host memory; one asks what is saved, not per byte. If all homes do
+        not fit in host memory, one has the largest first.
         """
         possible, remaining = [0] * len(self.chunks), [0] * len(self.chunks)
         first: dict[int, int] = {}
@@ -366,13 +367,15 @@ class _Planner:
             for gap in (*dropped, *gaps.forced):
                 remaining[gap.chunk] += self.chunks[gap.chunk].fetch
 
-        def by(saved: Sequence[int], direction: int) -> list[int]:
-            return sorted(
-                range(len(self.chunks)),
-                key=lambda c: (-saved[c] / max(self.chunks[c].kept, 1), direction * first.get(c, len(first)), c),
-            )
-
-        orders = [by(possible, 1), by(possible, -1), by(remaining, 1)]
+        everything = range(len(self.chunks))
+        rank = [first.get(chunk, len(first)) for chunk in everything]
+        size = [max(chunk.kept, 1) for chunk in self.chunks]
+        orders = [
+            sorted(everything, key=lambda c: (-possible[c] / size[c], rank[c])),
+            sorted(everything, key=lambda c: (-possible[c] / size[c], -rank[c])),
+            sorted(everything, key=lambda c: (-remaining[c] / size[c], rank[c])),
+            sorted(everything, key=lambda c: (-possible[c], rank[c])),
+        ]
         if not self.allowed(self.all_hosted):
-            orders.append(sorted(range(len(self.chunks)), key=lambda c: -self.chunks[c].hosted))
+            orders.append(sorted(everything, key=lambda c: -self.chunks[c].hosted))
         return [order for index, order in enumerate(orders) if order not in orders[:index]]

@@ -56,7 +56,7 @@ def model_does_not_fit(need: Need, device: Tier, host: Tier) -> OutOfBudgetError
         rows.append(("host memory", format_bytes(in_host), _bound(host.capacity), _parts(need.footprints.all()) + rest))
     ranks = need.footprints.layout.world_size
     available = None if need.host_holds and room is None else (room or 0) + spare
-    remedies = _device_remedies(need, device) if _lacks(device, on_device) else []
+    remedies = _device_remedies(on_device, need.host_holds) if _lacks(device, on_device) else []
     if available is not None and total > available:
         remedies += _remedies(need, total, available, ranks)
     return OutOfBudgetError(
@@ -100,7 +100,9 @@ def _remedies(need: Need, total: int, available: int, ranks: int) -> list[str]:
     else:
         found.append("placement='auto' or 'host', which keep in host memory what has no room")
     if available > 0:
-        found.append(f"{math.ceil(ranks * total / available)} ranks instead of {ranks}")
+        found.append(f"{math.ceil(ranks * total / available)} ranks instead of {ranks}, each with as much memory")
+    if need.footprints.policy.master is None and need.footprints.policy.compute is None:
+        found.append("precision='bf16-mixed' with split masters: 14 bytes for each parameter instead of 16 with AdamW")
     for what, footprints in _smaller(need.footprints):
         smaller = need.homes(footprints)
         if smaller < total:
@@ -123,12 +125,12 @@ def _smaller(footprints: Footprints) -> list[tuple[str, Footprints]]:
     return found
 
 
-def _device_remedies(need: Need, device: Tier) -> list[str]:
-    return [
-        f"a device_memory of {format_bytes(need.working_set)} or more, where the device has it",
-        "a smaller chunk_size, if no one parameter is that large",
-        "smaller units: fewer modules in unit_modules",
-    ]
+def _device_remedies(needed: int, host_holds: bool) -> list[str]:
+    remedies = [f"a device_memory of {format_bytes(needed)} or more, where the device has it"]
+    if host_holds:  # so it is the working set alone
+        remedies += ["a smaller chunk_size, if no one parameter is that large"]
+        remedies += ["smaller units: fewer modules in unit_modules"]
+    return remedies
 
 
 def _lacks(tier: Tier, nbytes: int) -> bool:

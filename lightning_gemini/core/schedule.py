@@ -280,6 +280,7 @@ class Schedule:
         self._known, self._recorder = None, None
         self._begun.clear()
         self.journal.cancel()
+        self.journal.mark()
 
     def _go(self, course: Course) -> None:
         if (self._course, course) not in _COURSES:

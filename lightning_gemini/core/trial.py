@@ -51,6 +51,8 @@ def try_on_pieces(optimizer: Optimizer, group: dict[str, Any], device: torch.dev
     whole = _train(optimizer, group, [values], [[grad] for grad in grads], bits)
     pieces = _train(optimizer, group, flat, [grad.flatten().split(cut) for grad in grads], bits)
     problem = next(_unshareable(pieces), None) or next(_differences(whole, pieces, values.flatten()), None)
+    if problem is not None:
+        return Outcome(problem, 0.0)
     kept = sum(v.numel() for state in whole.state.values() for v in state.values() if isinstance(v, Tensor) and v.dim())
     return Outcome(problem, kept / values.numel())
 
