@@ -10,13 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import hooks, memory, optimizer, step
+from benchmarks import hooks, memory, optimizer, placement, step
 from benchmarks.machine import describe_machine, load
 from benchmarks.report import show, write
 from benchmarks.result import Result
 from benchmarks.settings import Settings, quick
 
-NAMES = ("step", "hooks", "memory", "optimizer")
+NAMES = ("step", "hooks", "memory", "optimizer", "placement")
+_ONE_RANK = ("optimizer", "placement")
 _QUICK_PAIRS = 3
 _WIDTH = 130  # of a pipe, where nobody says
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before, started = load(), datetime.now(UTC)
     results: list[Result] = []
     for name in NAMES if options.only is None else (options.only,):
-        for ranks in (1,) if name == "optimizer" else settings.ranks:
+        for ranks in (1,) if name in _ONE_RANK else settings.ranks:
             console.log(f"{name}, {ranks} rank(s)")
             for result in _run(name, settings, ranks):
                 show(result.table, console)
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(name: str, settings: Settings, ranks: int) -> list[Result]:
     if name == "memory":
         return memory.run(settings, ranks)
-    return [{"step": step, "hooks": hooks, "optimizer": optimizer}[name].run(settings, ranks)]
+    modules = {"step": step, "hooks": hooks, "optimizer": optimizer, "placement": placement}
+    return [modules[name].run(settings, ranks)]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -22,14 +22,17 @@ def show(table: Table, console: Console) -> None:
     console.print(grid)
 
 
-def write(folder: Path, stem: str, head: Record, results: Sequence[Result]) -> tuple[Path, Path]:
-    """Writes ``stem.md`` and ``stem.json`` and returns their paths."""
+def write(folder: Path, stem: str, head: Record, results: Sequence[Result]) -> tuple[Path, ...]:
+    """Writes ``stem.md``, ``stem.json`` and pictures with their benchmarks' names, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     markdown, data = folder / f"{stem}.md", folder / f"{stem}.json"
     markdown.write_text(render(head, results))
     records = [result.record for result in results if result.record]
     data.write_text(json.dumps({**head, "results": records}, indent=1) + "\n")
-    return markdown, data
+    pictures = [(folder / _picture(result), result.picture) for result in results if result.picture is not None]
+    for path, content in pictures:
+        path.write_bytes(content)
+    return markdown, data, *(path for path, _ in pictures)
 
 
 def render(head: Record, results: Sequence[Result]) -> str:
@@ -42,4 +45,12 @@ def render(head: Record, results: Sequence[Result]) -> str:
         f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}; "
         f"load {load['before']} before, {load['after']} after.",
     ]
-    return "\n".join(lines) + "\n\n" + "\n\n".join(result.table.markdown() for result in results) + "\n"
+    for result in results:
+        lines += ["", result.table.markdown()]
+        if result.picture is not None:
+            lines += ["", f"![{result.table.title}]({_picture(result)})"]
+    return "\n".join(lines) + "\n"
+
+
+def _picture(result: Result) -> str:
+    return f"{result.record['benchmark']}.png"

@@ -31,10 +31,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of one benchmark at one number of ranks."""
+    """The outcome of one benchmark at one number of ranks; ``picture`` is a PNG."""
 
     table: Table
     record: Record
+    picture: bytes | None = None
 
 
 def _line(cells: Sequence[str]) -> str:

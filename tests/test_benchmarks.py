@@ -12,9 +12,13 @@ import pytest
 
 from benchmarks.estimate import difference, estimate, median, ratio
 from benchmarks.hooks import summarise as summarise_hooks
+from benchmarks.machine import describe_machine
 from benchmarks.optimizer import COPY, REFERENCE
 from benchmarks.optimizer import summarise as summarise_optimizer
+from benchmarks.placement import Shape, best_split, bytes_of, draw, layout_of, measure, ratio_to_static
+from benchmarks.placement import trace_of as trace_of_opt
 from benchmarks.ranks import ENVIRONMENT
+from benchmarks.report import write
 from benchmarks.result import Result, Table
 from benchmarks.rounds import Series
 from benchmarks.settings import Settings, quick
@@ -83,6 +87,43 @@ def test_markdown() -> None:
     assert Result(table, {}).table is table
 
 
+def test_placement_of_a_small_model() -> None:
+    shape = Shape(layers=2, width=128, vocabulary=1000, length=64)
+    layout, units = layout_of(shape)
+    assert {unit for unit, _ in shape.units()} == set(shape.forward()) == set(units)
+    chunks = bytes_of(layout)
+    trace = trace_of_opt(shape, units, [chunk.full for chunk in chunks])
+    assert set(trace.order) == set(range(len(chunks)))
+    assert trace.moments[-1].other >= chunks[trace.order[0]].full, "the last gradient waits in its buffer"
+    total = sum(chunk.kept for chunk in chunks)
+    other = max(moment.other for moment in trace.moments)
+    assert best_split(trace, chunks, total + other) == 0
+    assert best_split(trace, chunks, 0) is None
+    full = sum(chunk.full for chunk in chunks)
+    streamed = best_split(trace, chunks, max(2 * full, total // 4))
+    assert streamed is not None
+    assert 0 < streamed <= 3 * full
+    point = measure(trace, chunks, 100, total + other, repeats=1)
+    assert point is not None
+    assert (point.auto, point.static, point.homes, ratio_to_static(point)) == (0, 0, len(chunks), 1.0)
+    for percent in (80, 60, 40):
+        point = measure(trace, chunks, percent, total + other, repeats=1)
+        assert point is not None
+        assert point.least <= point.auto <= point.host
+        assert (ratio_to_static(point) or 0) <= 1.05
+    assert measure(trace, chunks, 1, total + other, repeats=1) is None
+    assert draw([point], "OPT").startswith(b"\x89PNG")
+
+
+def test_a_picture_has_its_benchmarks_name(tmp_path: Path) -> None:
+    head = {"date": "", "machine": describe_machine(), "load": {"before": 0, "after": 0}}
+    table = Table("Title", "Note.", ("name",), (("a",),))
+    paths = write(tmp_path, "all", head, [Result(table, {"benchmark": "one"}, b"png"), Result(table, {})])
+    assert [path.name for path in paths] == ["all.md", "all.json", "one.png"]
+    assert (tmp_path / "one.png").read_bytes() == b"png"
+    assert (tmp_path / "all.md").read_text().count("![Title](one.png)") == 1
+
+
 def _try_all(needs: list[frozenset[int]], capacity: int) -> int:
     """The fewest loads, by trying every choice of what stays."""
     states: dict[frozenset[int], int] = {frozenset(): 0}
@@ -137,7 +178,7 @@ def test_quick_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--quick", "--pairs", "2", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.json", "benchmarks.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.json", "benchmarks.md", "placement.png"]
     assert "gemini moved" in done.stdout
 
     report = json.loads((tmp_path / "benchmarks.json").read_text())
@@ -145,15 +186,16 @@ def test_quick_run(tmp_path: Path) -> None:
     assert report["settings"]["quick"] is True
     assert report["machine"]["environment"] == ENVIRONMENT
     kinds = [(result["benchmark"], result["ranks"]) for result in report["results"]]
-    assert kinds == [*product(("step", "hooks", "memory"), (1, 2)), ("optimizer", 1)]
+    assert kinds == [*product(("step", "hooks", "memory"), (1, 2)), ("optimizer", 1), ("placement", 1)]
     for result in report["results"]:
         names = [contender["name"] for contender in result["contenders"]]
-        assert ("fused, casts" if result["benchmark"] == "optimizer" else "plain") in names
+        assert {"optimizer": "fused, casts", "placement": "auto"}.get(result["benchmark"], "plain") in names
         assert result["threads"] >= 1
         for contender in result["contenders"]:
             _check(result["benchmark"], contender)
     text = (tmp_path / "benchmarks.md").read_text()
-    assert text.count("\n## ") == 9
+    assert text.count("\n## ") == 10
+    assert "(placement.png)" in text
 
 
 def _check(benchmark: str, contender: dict) -> None:
@@ -165,6 +207,9 @@ def _check(benchmark: str, contender: dict) -> None:
     elif benchmark == "hooks":
         for numbers in contender["works"].values():
             assert numbers.keys() == {"seconds", "median_us_per_unit", "us_per_unit_over_plain", "loss"}
+    elif benchmark == "placement":
+        assert len(contender["percent"]) == len(contender["moved_bytes"]) == len(contender["device_bytes"])
+        assert contender["percent"][-1] == 100
     elif benchmark == "optimizer":
         assert len(contender["seconds"]) == 2
         assert contender["parameters_per_second"] * contender["median_seconds"] == pytest.approx(2**16)
