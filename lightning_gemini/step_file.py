@@ -11,11 +11,13 @@ from lightning_gemini.core.timeline import file_name
 
 
 def write_step(trainer: L.Trainer, engine: Engine) -> None:
-    """Writes a step of rank 0 into the logger's folder or, without one, the root folder; where chunks move only.
+    """Writes a step of rank 0 into the run's folder, if it has one and if chunks move.
 
+    The folder is the logger's or, without one, ``default_root_dir`` where that is not merely the working directory.
     All ranks have to call.
     """
-    if not engine.moving or trainer.fast_dev_run:
+    has_folder = bool(trainer.loggers) or Path(trainer.default_root_dir).resolve() != Path.cwd()
+    if not engine.moving or trainer.fast_dev_run or not has_folder:
         return
     folder = trainer.log_dir  # a broadcast
     if folder is None or not trainer.is_global_zero:
