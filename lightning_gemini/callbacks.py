@@ -30,6 +30,8 @@ class MemoryReport(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if isinstance(trainer.strategy, GeminiStrategy):
             self.text = trainer.strategy.engine.memory_report()
+            if trainer.strategy.engine.moving and (folder := trainer.log_dir) is not None:  # a broadcast
+                self.text += f"\na step as a picture: lightning-gemini report {folder}"
 
 
 class TokensPerSecond(Callback):

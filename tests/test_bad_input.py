@@ -136,9 +136,7 @@ def test_a_model_without_parameters() -> None:
 def test_a_device_that_is_too_small_says_what_is_needed() -> None:
     module = Module("opt")
     before = [p.detach().clone() for p in module.parameters()]
-    with pytest.raises(
-        OutOfBudgetError, match=r"device memory +[\d.]+ KiB +10.00 KiB +param[\s\S]*'auto' or 'host'"
-    ):
+    with pytest.raises(OutOfBudgetError, match=r"device memory +[\d.]+ KiB +10.00 KiB +param[\s\S]*'auto' or 'host'"):
         trainer(GeminiStrategy(placement="device", device_memory="10KiB")).fit(module, loader("opt"))
     with pytest.raises(OutOfBudgetError, match=r"host memory +[\d.]+ KiB +10.00 KiB +param[\s\S]*more host memory"):
         trainer(GeminiStrategy(placement="host", host_memory="10KiB")).fit(module, loader("opt"))

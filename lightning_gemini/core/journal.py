@@ -110,13 +110,14 @@ class Journal:
 
     def _close(self) -> None:
         counters = self._store.counters
-        if self._moments:
-            self._moments[-1] = replace(
-                self._moments[-1],
-                other=self._store.device.work_peak,
-                fetched=counters.fetched_bytes - self._fetched,
-                offloaded=counters.offloaded_bytes - self._offloaded,
-            )
+        if not self._moments:
+            return  # what the first one needs may have been fetched before it
+        self._moments[-1] = replace(
+            self._moments[-1],
+            other=self._store.device.work_peak,
+            fetched=counters.fetched_bytes - self._fetched,
+            offloaded=counters.offloaded_bytes - self._offloaded,
+        )
         self.mark()
 
     def mark(self) -> None:
