@@ -305,14 +305,18 @@ class Schedule:
     # Room
 
     def _begin_to_bring(self, chunk: Chunk, reason: str) -> None:
-        if chunk.state is ChunkState.FREE and chunk.home is not Home.FULL and not self._lacks(chunk.spec.nbytes):
-            self._store.start(chunk, reason)
-            self._coming[chunk.index] = chunk
+        alone = self._store.layout.world_size == 1
+        if chunk.state is not ChunkState.FREE or (alone and self._lacks(chunk.spec.nbytes)):
+            return
+        self._store.start(chunk, reason)
+        self._coming[chunk.index] = chunk
 
     def _lacks(self, nbytes: int) -> bool:
         """Whether there is no room for so many bytes more of unsharded chunks."""
         if self._store.layout.world_size == 1:
             return not self._store.device.room(nbytes)
+        if self._course is Course.FOLLOWING:
+            return False  # plans fit
         return self.limit is not None and self._store.unsharded_bytes + nbytes > self.limit
 
     def _find_room(self, nbytes: int) -> None:
