@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from enum import Enum
+from enum import Enum, IntEnum
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from lightning_gemini.core.errors import StateError
 from lightning_gemini.core.layout import ChunkSpec, ParamSpec
 
 
-class ChunkState(Enum):
+class ChunkState(IntEnum):  # an Enum's hash is slow, and every unit moves chunks through the table below
     """What a chunk's unsharded storage is doing, and the device memory that costs."""
 
-    FREE = "free"  #: no storage; its parameters are shape-only placeholders
-    COMING = "coming"  #: a storage that is being filled; its parameters are placeholders still: ``numel`` elements
-    HELD = "held"  #: unsharded and idle: ``numel`` elements
-    COMPUTE = "compute"  #: unsharded and in use by a unit or by autograd: ``numel`` elements
+    FREE = 0  #: no storage; its parameters are shape-only placeholders
+    COMING = 1  #: a storage that is being filled; its parameters are placeholders still: ``numel`` elements
+    HELD = 2  #: unsharded and idle: ``numel`` elements
+    COMPUTE = 3  #: unsharded and in use by a unit or by autograd: ``numel`` elements
 
 
 class Home(Enum):
@@ -66,6 +66,7 @@ class Chunk:
         device: torch.device,
     ) -> None:
         self.spec = spec
+        self.index = spec.index
         self.params = tuple(params)
         self.names = tuple(info.name for info in specs)
         self.shapes = tuple(info.shape for info in specs)
@@ -88,10 +89,6 @@ class Chunk:
             else:
                 self.full.untyped_storage().resize_(0)
                 self._point_params_at(self._placeholders)
-
-    @property
-    def index(self) -> int:
-        return self.spec.index
 
     @property
     def resident(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from enum import Enum
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ from lightning_gemini.core.errors import StateError
 from lightning_gemini.optim.kernel import kernel_for
 
 
-class GradientState(Enum):
+class GradientState(IntEnum):
     """Where a chunk's gradient is in the present backward, and what that costs beside the reduced shard."""
 
-    EMPTY = "empty"  #: nothing has come: no memory
-    FILLING = "filling"  #: some parameters' gradients are in: a buffer as long as the chunk
-    READY = "ready"  #: all are in, it waits for its turn: the same buffer
-    REDUCING = "reducing"  #: the collective runs: the same buffer, and the shard to come
+    EMPTY = 0  #: nothing has come: no memory
+    FILLING = 1  #: some parameters' gradients are in: a buffer as long as the chunk
+    READY = 2  #: all are in, it waits for its turn: the same buffer
+    REDUCING = 3  #: the collective runs: the same buffer, and the shard to come
 
 
 _TRANSITIONS = {

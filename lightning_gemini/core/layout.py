@@ -101,7 +101,7 @@ class ChunkSpec:
     def used(self) -> int:
         return sum(slot.numel for slot in self.slots)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.numel * self.kind.dtype.itemsize
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -43,6 +43,9 @@ class _Passed:
         return True
 
 
+_PASSED, _NOTHING = _Passed(), nullcontext()
+
+
 class _EventMark:
     """The mark of work on a CUDA stream."""
 
@@ -67,18 +70,18 @@ class Lane:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    @contextmanager
-    def after_compute(self) -> Iterator[None]:
+    def after_compute(self) -> AbstractContextManager[None]:
         """Work issued inside runs on this lane, after what the compute stream has been given so far.
 
         Nothing may be allocated inside: the memory would belong to the lane, not to the compute stream. Copies want
         ``non_blocking=True`` and pinned memory; others keep the host until they are over.
         """
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        return _NOTHING if self._stream is None else self._on(self._stream)
+
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
             yield
 
     def mark(self) -> Mark:
@@ -87,7 +90,7 @@ class Lane:
         The compute stream joins it before it uses, changes or frees what was copied; the host waits for it before it
         does so. What another lane is to do after it joins it inside that lane's ``after_compute``.
         """
-        return _Passed() if self._stream is None else _EventMark(self._stream)
+        return _PASSED if self._stream is None else _EventMark(self._stream)
 
 
 def lanes(device: torch.device) -> tuple[Lane, Lane]:
