@@ -70,7 +70,9 @@ class Placement:
         self._policy = policy
         self._trains = trains
         self._accumulating = False
+        self._agreed = [chunk.home is not Home.HOST for chunk in store.chunks]  # a rank may have fewer on the device
         schedule.make_room = self._give_up_a_home
+        schedule.make_way = self._move_a_home
         self._set_limit()
 
     def recorded(self, trace: Trace, accumulating: bool) -> None:
@@ -98,9 +100,8 @@ class Placement:
             return
         traces = [one.trace for one in known]
         free = self._policy.homes == "auto" and (not self._trains or any(trace.updates for trace in traces))
-        now = [chunk.home is not Home.HOST for chunk in self._store.chunks]
         try:
-            made = self._plan(traces, "auto" if free else now)
+            made = self._plan(traces, "auto" if free else self._agreed)
         except DoesNotFitError as error:
             if free or self._policy.homes == "fixed":
                 raise activations_do_not_fit(error, traces, self._store) from error
@@ -146,6 +147,7 @@ class Placement:
 
     def _move(self, on_device: Sequence[bool]) -> None:
         self._schedule.free_idle()
+        self._agreed = list(on_device)
         near = self._near()
         pairs = list(zip(self._store.chunks, on_device, strict=True))
         if self._policy.homes == "auto":
@@ -164,24 +166,50 @@ class Placement:
             self._store.reshard(chunk)  # it was kept until now
 
     def _give_up_a_home(self, in_use: Collection[int]) -> bool:
-        """Moves the home of a chunk that nobody needs now to host memory; whether there was one."""
+        """Decides that a chunk that nobody needs now has its home in host memory; whether there was one.
+
+        That is the same chunk on all ranks. One whose gradient a reduction is at work on moves when there is need.
+        """
         if self._policy.homes == "fixed":
             return False
-        for chunk in reversed(self._store.chunks):
-            gradient = self._gradients.chunks.get(chunk.index)
-            busy = gradient is not None and gradient.state is not GradientState.EMPTY
-            if chunk.home is not Home.HOST and chunk.index not in in_use and not busy:
-                self._rehome(chunk, Home.HOST)
-                self._gradients.trim()
+        if self._store.layout.world_size == 1:
+            return self._move_a_home(in_use)
+        for index in reversed(range(len(self._agreed))):
+            if self._agreed[index] and index not in in_use:
+                self._agreed[index] = False
+                if self._movable(self._store.chunks[index], in_use):
+                    self._to_host(self._store.chunks[index])
                 self._set_limit()
                 return True
         return False
+
+    def _move_a_home(self, in_use: Collection[int]) -> bool:
+        """Moves one home of this rank to host memory; whether there was one that can move now."""
+        if self._policy.homes == "fixed":
+            return False
+        for chunk in sorted(self._store.chunks, key=lambda c: (self._agreed[c.index], -c.index)):
+            if self._movable(chunk, in_use):
+                self._to_host(chunk)
+                if self._store.layout.world_size == 1:
+                    self._agreed[chunk.index] = False
+                    self._set_limit()
+                return True
+        return False
+
+    def _movable(self, chunk: Chunk, in_use: Collection[int]) -> bool:
+        gradient = self._gradients.chunks.get(chunk.index)
+        busy = gradient is not None and gradient.state is not GradientState.EMPTY
+        return chunk.home is not Home.HOST and chunk.index not in in_use and not busy
+
+    def _to_host(self, chunk: Chunk) -> None:
+        self._rehome(chunk, Home.HOST)
+        self._gradients.trim()
 
     def _set_limit(self) -> None:
         if (capacity := self._store.device.capacity) is None:
             return
         sizes = self._sizes()
-        kept = sum(sizes[chunk.index].kept for chunk in self._store.chunks if chunk.home is not Home.HOST)
+        kept = sum(size.kept for size, near in zip(sizes, self._agreed, strict=True) if near)
         self._schedule.limit = capacity - kept - self._footprints.gradient_work()
 
     def _with_reserve(self, trace: Trace) -> Trace:

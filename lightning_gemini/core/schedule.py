@@ -60,8 +60,9 @@ class Schedule:
         moving: whether chunks may be freed at all; if not, parameters are always resident.
         limit: bytes of unsharded chunks that may be freed, as all ranks have agreed; ``None`` for no bound.
         grown: whether a step has taken more memory than plans may use, so that it is to be recorded again.
-        make_room: called with the bytes that are missing where freeing is not enough, for a home on the device to be
-            given up; says whether there is any point in trying again.
+        make_room: called with the chunks in use where freeing is not enough, for a home on the device to be given up;
+            says whether there was one.
+        make_way: the same, on this rank alone: what is gathered when does not depend on where its shard comes from.
     """
 
     def __init__(self, store: Store, kind: Callable[[], str]) -> None:
@@ -82,8 +83,8 @@ class Schedule:
         self.limit: int | None = None
         self.grown = False
         self.make_room: Callable[[Collection[int]], bool] = lambda _: False
-        if store.layout.world_size == 1:
-            store.device.spare = self._spare
+        self.make_way: Callable[[Collection[int]], bool] = lambda _: False
+        store.device.spare = self._spare if store.layout.world_size == 1 else self._spare_homes
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
 
     @property
@@ -334,6 +335,11 @@ class Schedule:
             self._find_room(nbytes)
         while self._lacks(nbytes) and self._idle:
             self._free_oldest()
+
+    def _spare_homes(self, nbytes: int) -> None:
+        """On several ranks: how much gradients take at one time is a matter of timing, and no other rank's."""
+        while self._course is not Course.NONE and not self._store.device.room(nbytes) and self.make_way(self._in_use):
+            pass
 
     def _give_up_a_home(self) -> bool:
         return self.make_room(self._in_use)
