@@ -200,8 +200,9 @@ class Gradients:
         self.trim()
 
     def trim(self) -> None:
-        """Gives back the memory of shards that wait for their next use."""
+        """Gives back the memory of buffers on the device that wait for their next use."""
         self._device_shards.clear()
+        self._transient.clear()
 
     def beside_bytes(self, chunk: Chunk) -> int:
         """Bytes of the chunk's reduced gradient."""
@@ -215,10 +216,8 @@ class Gradients:
             return
         old, pool = gradient.shard, self._store.slabs if tier is self._store.host else self._device_shards
         gradient.shard = pool.get(old.numel(), old.dtype, _shard_of(chunk)).copy_(old)
-        if tier is self._store.host:
-            self._device_shards.drop(old)
-        else:
-            self._store.slabs.put(old)
+        give_back = self._device_shards.drop if tier is self._store.host else self._store.slabs.put
+        give_back(old)
         gradient.bring_scaling(tier.device)
 
     def _open(self, gradient: ChunkGradient) -> None:

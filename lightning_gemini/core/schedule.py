@@ -62,7 +62,8 @@ class Schedule:
         grown: whether a step has taken more memory than plans may use, so that it is to be recorded again.
         make_room: called with the chunks in use where freeing is not enough, for a home on the device to be given up;
             says whether there was one.
-        make_way: the same, on this rank alone: what is gathered when does not depend on where its shard comes from.
+        reclaim: gives back the memory of gradient buffers that nobody uses.
+        make_way: like ``make_room``, on this rank alone: what is gathered when does not depend on where a shard is.
     """
 
     def __init__(self, store: Store, kind: Callable[[], str]) -> None:
@@ -83,6 +84,7 @@ class Schedule:
         self.limit: int | None = None
         self.grown = False
         self.make_room: Callable[[Collection[int]], bool] = lambda _: False
+        self.reclaim: Callable[[], None] = lambda: None
         self.make_way: Callable[[Collection[int]], bool] = lambda _: False
         store.device.spare = self._spare if store.layout.world_size == 1 else self._spare_homes
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
@@ -321,6 +323,8 @@ class Schedule:
         return self.limit is not None and self._store.unsharded_bytes + nbytes > self.limit
 
     def _find_room(self, nbytes: int) -> None:
+        if self._lacks(nbytes):
+            self.reclaim()
         while self._lacks(nbytes):
             if self._idle:
                 self._free_oldest()
@@ -331,6 +335,7 @@ class Schedule:
 
     def _spare(self, nbytes: int) -> None:
         """On one rank: somebody else on the device needs room."""
+        self.reclaim()
         if self._course is not Course.NONE:
             self._find_room(nbytes)
         while self._lacks(nbytes) and self._idle:
@@ -338,6 +343,7 @@ class Schedule:
 
     def _spare_homes(self, nbytes: int) -> None:
         """On several ranks: how much gradients take at one time is a matter of timing, and no other rank's."""
+        self.reclaim()
         while self._course is not Course.NONE and not self._store.device.room(nbytes) and self.make_way(self._in_use):
             pass
 
