@@ -362,7 +362,7 @@ class Engine:
         self._step.uses.check_idle()
         if self._schedule.moving:
             self._step.end(updates=True)
-        return self._verdict.may_update(gradients, self._inspect)
+        return self._verdict.may_update(gradients, self._inspect) and self._placement.make_room_for(gradients)
 
     def _after_update(self) -> None:
         """Chunks that the next step begins with can be on their way, if no other optimizer is about to change them."""

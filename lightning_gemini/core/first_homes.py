@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from lightning_gemini.core.chunk import Home
@@ -20,9 +21,13 @@ _UNSEEN = 0.5
 
 
 def fits_whole(footprints: Footprints, device: Tier, placement: Placement) -> bool:
-    """Whether all chunks can be kept unsharded on the device, and need not move at all."""
+    """Whether all chunks can be kept unsharded on the device, and need not move at all.
+
+    With what is frozen now but has an optimizer, too: once it is unfrozen it takes as much as the rest.
+    """
     if placement == "host":
         return False
+    footprints = replace(footprints, unfrozen=frozenset(c.index for c in footprints.layout.chunks if c.kind.updated))
     whole = sum(one.kept for one in footprints.all())
     if footprints.layout.world_size > 1:  # each rank has whole chunks beside its shards of the rest
         whole += sum(one.full - one.parameter for one in footprints.all()) + footprints.gradient_work()

@@ -53,12 +53,14 @@ class Footprints:
         policy: the dtypes.
         update: whether gradients wait.
         widths: how much state the optimizers keep.
+        unfrozen: chunks that are updated though they were frozen when the layout was made.
     """
 
     layout: Layout
     policy: DtypePolicy
     update: UpdatePolicy
     widths: StateWidths
+    unfrozen: frozenset[int] = frozenset()
 
     def all(self, accumulating: bool = False, extra: Mapping[int, int] | None = None) -> list[Footprint]:
         """One for each chunk.
@@ -72,7 +74,7 @@ class Footprints:
     def _of(self, spec: ChunkSpec, accumulating: bool, extra: int) -> Footprint:
         numel, dtype = spec.numel // self.layout.world_size, spec.kind.dtype
         parameter = numel * dtype.itemsize
-        if not trained(spec):
+        if not self.trained(spec):
             return Footprint(spec.nbytes, parameter, 0, 0, 0, extra)
         width = torch.promote_types(dtype, torch.float32).itemsize if accumulating else dtype.itemsize
         return Footprint(
@@ -83,6 +85,10 @@ class Footprints:
             gradient=numel * width if self.update.when == "at_step" else 0,
             extra=extra,
         )
+
+    def trained(self, spec: ChunkSpec) -> bool:
+        """Whether a step updates the chunk, as far as is known by now."""
+        return trained(spec) or spec.index in self.unfrozen
 
     @property
     def halves_states(self) -> bool:
@@ -103,8 +109,8 @@ class Footprints:
                 hosted=one.kept,
                 fetch=one.parameter,
                 gather=one.full - one.parameter if whole or self.layout.world_size > 1 else one.full,
-                offload=one.gradient or (one.parameter if trained(spec) else 0),
-                trained=trained(spec),
+                offload=one.gradient or (one.parameter if self.trained(spec) else 0),
+                trained=self.trained(spec),
                 whole=whole,
             )
             for one, spec in zip(footprints, self.layout.chunks, strict=True)
@@ -120,7 +126,7 @@ class Footprints:
             (
                 spec.numel * (self.policy.reduce_dtype(spec.kind.dtype) if several else spec.kind.dtype).itemsize
                 for spec in self.layout.chunks
-                if trained(spec)
+                if self.trained(spec)
             ),
             reverse=True,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_gemini.core.chunk import Chunk, Home
-from lightning_gemini.core.chunk_gradient import GradientState
+from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState
 from lightning_gemini.core.errors import OutOfBudgetError
 from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.gradients import Gradients
@@ -73,6 +73,7 @@ class Placement:
         self._agreed = [chunk.home is not Home.HOST for chunk in store.chunks]  # a rank may have fewer on the device
         schedule.make_room = self._give_up_a_home
         schedule.make_way = self._move_a_home
+        schedule.reclaim = gradients.trim
         self._set_limit()
 
     def recorded(self, trace: Trace, accumulating: bool) -> None:
@@ -111,6 +112,22 @@ class Placement:
         self._move(made.on_device)
         self._set_limit()
         self._schedule.journal.ask()
+
+    def make_room_for(self, gradients: Sequence[ChunkGradient]) -> bool:
+        """An update of ``gradients`` follows, the same on all ranks: what was frozen so far takes more from now on.
+
+        Returns:
+            that it may be made.
+
+        Raises:
+            OutOfBudgetError: with that a known step takes more than there is.
+        """
+        unfrozen = {gradient.chunk.index for gradient in gradients if any(gradient.used)}
+        unfrozen -= {chunk.index for chunk in self._store.chunks if self._footprints.trained(chunk.spec)}
+        if unfrozen:
+            self._footprints = replace(self._footprints, unfrozen=self._footprints.unfrozen | unfrozen)
+            self.replan()
+        return True
 
     def rebudget(self, capacity: int | None) -> None:
         """Plans anew for a device of another size, the smallest that any rank gives; all call.
