@@ -177,6 +177,7 @@ class Scenario:
                 found = self.sharded(placement=placement, device_memory=need * share // 100)
             except OutOfBudgetError:
                 continue
-            assert found.engine is not None and found.engine.moving
+            assert found.engine is not None
+            assert found.engine.moving
             return found
         raise AssertionError(f"it does not train with {shares[-1]}% of the {need} bytes that it needs")

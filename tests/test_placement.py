@@ -60,7 +60,7 @@ def test_host_moves_no_more_than_the_minimum(mode: str) -> None:
     """4 bytes of a bf16 parameter and micro-batch to the device, 2 to the host; in fp32 twice that."""
     size = BYTES[mode]
     made = make(POLICIES[mode], placement="host", device_memory=need(POLICIES[mode]) // 3)
-    model, optimizers, engine = made
+    model, _, engine = made
     with watched(engine) as takes:
         step = steady(made)
     assert takes
@@ -200,7 +200,7 @@ def test_the_host_has_a_bound_too() -> None:
 
 @pytest.mark.parametrize("placement", ["host", "auto"])
 def test_micro_batches_move_parameters_each_and_gradients_in_fp32(placement: str) -> None:
-    made = model, optimizers, engine = make(placement=placement, device_memory=need() // 3, chunk_size=32768)
+    model, optimizers, engine = make(placement=placement, device_memory=need() // 3, chunk_size=32768)
 
     def step(seed: int) -> None:
         with engine.accumulate():
