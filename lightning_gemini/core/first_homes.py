@@ -23,11 +23,14 @@ _UNSEEN = 0.5
 def fits_whole(footprints: Footprints, device: Tier, placement: Placement) -> bool:
     """Whether all chunks can be kept unsharded on the device, and need not move at all.
 
-    With what is frozen now but has an optimizer, too: once it is unfrozen it takes as much as the rest.
+    Where that need not be decided for good, with what is frozen now but has an optimizer: once it is unfrozen it takes
+    as much as the rest.
     """
     if placement == "host":
         return False
-    footprints = replace(footprints, unfrozen=frozenset(c.index for c in footprints.layout.chunks if c.kind.updated))
+    if placement == "auto":
+        updated = frozenset(chunk.index for chunk in footprints.layout.chunks if chunk.kind.updated)
+        footprints = replace(footprints, unfrozen=updated)
     whole = sum(one.kept for one in footprints.all())
     if footprints.layout.world_size > 1:  # each rank has whole chunks beside its shards of the rest
         whole += sum(one.full - one.parameter for one in footprints.all()) + footprints.gradient_work()

@@ -178,9 +178,10 @@ class Placement:
             self._store.slabs.trim()
 
     def _rehome(self, chunk: Chunk, home: Home) -> None:
+        kept = chunk.home is Home.FULL
         self._store.rehome(chunk, home)
-        if home is not Home.FULL and chunk.resident and not chunk.pins:
-            self._store.reshard(chunk)  # it was kept until now
+        if kept and chunk.home is not Home.FULL and not chunk.pins:
+            self._store.reshard(chunk)
 
     def _give_up_a_home(self, in_use: Collection[int]) -> bool:
         """Decides that a chunk that nobody needs now has its home in host memory; whether there was one.
