@@ -199,6 +199,13 @@ class Gradients:
         self.discard(list(self.chunks.values()))
         self.trim()
 
+    def reclaim(self) -> None:
+        """Gives back what can be given back on the device: waits for reductions that all ranks have come to."""
+        self._landings.wait()
+        while self._in_flight and self._finish_if_done():
+            pass
+        self.trim()
+
     def trim(self) -> None:
         """Gives back the memory of buffers on the device that wait for their next use."""
         self._device_shards.clear()

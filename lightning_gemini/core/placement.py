@@ -73,7 +73,7 @@ class Placement:
         self._agreed = [chunk.home is not Home.HOST for chunk in store.chunks]  # a rank may have fewer on the device
         schedule.make_room = self._give_up_a_home
         schedule.make_way = self._move_a_home
-        schedule.reclaim = gradients.trim
+        schedule.reclaim = gradients.reclaim
         self._set_limit()
 
     def recorded(self, trace: Trace, accumulating: bool) -> None:
