@@ -24,7 +24,7 @@ STEPS = 4
 #: Percent of what a model needs on the device to be kept there; the next is for models of few units, whose largest
 #: needs more with its gradients. All of it is never given.
 SHARES = (40, 50, 60, 70, 80)
-SHARES_OF_SEVERAL = (60, 80, 95)
+SHARES_OF_SEVERAL = (80, 95)  # buffers of reductions come and go as ranks do, so these leave more
 
 #: A home of all chunks, without a bound; or a placement, under a bound that is too small for the model.
 Where = Home | Literal["host", "auto"]
@@ -155,12 +155,20 @@ _NAMES = list(cases.CASES)
 
 @pytest.mark.parametrize("names", [_NAMES[i : i + 12] for i in range(0, len(_NAMES), 12)], ids=lambda names: names[0])
 def test_two_ranks(names: list[str]) -> None:
-    _check_ranks(names, EVERYWHERE, 2)
+    _check_ranks(names, list(Home), 2)
+
+
+def test_two_ranks_move_what_does_not_fit() -> None:
+    _check_ranks(
+        ["MlpInGroups", "opt", "llama_checkpoint_reentrant", "mixtral", "TiedWeight", "lora_llama", "FrozenMiddle"],
+        ["host", "auto"],
+        2,
+    )
 
 
 def test_three_ranks() -> None:
     _check_ranks(
         ["MlpInGroups", "opt", "OddShapes", "Unused", "checkpoint_shared_reentrant"],
-        [Home.FULL, Home.DEVICE, "host", "auto"],
+        [Home.FULL, Home.DEVICE],
         3,
     )
