@@ -1,4 +1,4 @@
-"""Which recorded step comes next, and which are remembered; and that a step goes from one course to another in order."""
+"""Which recorded step comes next, and which are remembered; and which way a step may go on."""
 
 from __future__ import annotations
 
