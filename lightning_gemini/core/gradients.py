@@ -2,9 +2,8 @@
 
 NOTE: reduce order.
 Every chunk that an optimizer updates is reduced once per backward on every rank, in one agreed order: a chunk that is
-complete waits for those before it, and what has not come when the outermost backward ends travels as zeros. So
-reductions match across the ranks even where a parameter is used on one of them only. The order is at first the
-layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
+complete waits for those before it, and what has not come when the outermost backward ends travels as zeros. The order
+is at first the layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
 
 NOTE: late gradients.
 A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced is
@@ -197,17 +196,13 @@ class Gradients:
         """Drops everything and gives all memory back."""
         self.reset()
         self.discard(list(self.chunks.values()))
-        self.trim()
+        self.reclaim()
 
     def reclaim(self) -> None:
-        """Gives back what can be given back on the device: waits for reductions that all ranks have come to."""
+        """Frees buffers on the device that nobody uses, after waiting for reductions that all ranks have come to."""
         self._landings.wait()
         while self._in_flight and self._finish_if_done():
             pass
-        self.trim()
-
-    def trim(self) -> None:
-        """Gives back the memory of buffers on the device that wait for their next use."""
         self._device_shards.clear()
         self._transient.clear()
 
@@ -223,8 +218,7 @@ class Gradients:
             return
         old, pool = gradient.shard, self._store.slabs if tier is self._store.host else self._device_shards
         gradient.shard = pool.get(old.numel(), old.dtype, _shard_of(chunk)).copy_(old)
-        give_back = self._device_shards.drop if tier is self._store.host else self._store.slabs.put
-        give_back(old)
+        (self._device_shards.drop if tier is self._store.host else self._store.slabs.put)(old)
         gradient.bring_scaling(tier.device)
 
     def _open(self, gradient: ChunkGradient) -> None:

@@ -171,7 +171,7 @@ class Placement:
             for chunk, stays in pairs:
                 if not stays:
                     self._rehome(chunk, Home.HOST)
-            self._gradients.trim()
+            self._gradients.reclaim()
             for chunk, stays in pairs:
                 if stays:
                     self._rehome(chunk, near)
@@ -221,7 +221,7 @@ class Placement:
 
     def _to_host(self, chunk: Chunk) -> None:
         self._rehome(chunk, Home.HOST)
-        self._gradients.trim()
+        self._gradients.reclaim()
 
     def _set_limit(self) -> None:
         if (capacity := self._store.device.capacity) is None:
