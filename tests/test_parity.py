@@ -24,7 +24,8 @@ STEPS = 4
 #: Percent of what a model needs on the device to be kept there; the next is for models of few units, whose largest
 #: needs more with its gradients. All of it is never given.
 SHARES = (40, 50, 60, 70, 80)
-SHARES_OF_SEVERAL = (80, 95)  # buffers of reductions come and go as ranks do, so these leave more
+SHARES_OF_SEVERAL = (80,)  # whole gradients in reduction are most of what such small models take
+TOO_SMALL = {"some_ranks_as_unit", "mixture_as_unit", "meta_learning"}  # with that they do not fit, on any rank
 
 #: A home of all chunks, without a bound; or a placement, under a bound that is too small for the model.
 Where = Home | Literal["host", "auto"]
@@ -116,8 +117,11 @@ def test_what_is_refused(name: str, home: Home) -> None:
 
 def _several(name: str, everywhere: list[Where]) -> list[Where]:
     allowed = cases.CASES[name].several
-    # what a plan moves is freed, as it is with a home in host memory
-    return [where for where in everywhere if (where if isinstance(where, Home) else Home.HOST) in allowed]
+
+    def runs(where: Where) -> bool:  # what a plan moves is freed, as it is with a home in host memory
+        return where in allowed if isinstance(where, Home) else Home.HOST in allowed and name not in TOO_SMALL
+
+    return [where for where in everywhere if runs(where)]
 
 
 def _train_all(names: list[str], everywhere: list[Where]) -> dict:
@@ -155,13 +159,13 @@ _NAMES = list(cases.CASES)
 
 @pytest.mark.parametrize("names", [_NAMES[i : i + 12] for i in range(0, len(_NAMES), 12)], ids=lambda names: names[0])
 def test_two_ranks(names: list[str]) -> None:
-    _check_ranks(names, list(Home), 2)
+    _check_ranks(names, [*Home, "auto"], 2)
 
 
-def test_two_ranks_move_what_does_not_fit() -> None:
+def test_two_ranks_with_all_homes_in_host_memory() -> None:
     _check_ranks(
         ["MlpInGroups", "opt", "llama_checkpoint_reentrant", "mixtral", "TiedWeight", "lora_llama", "FrozenMiddle"],
-        ["host", "auto"],
+        ["host"],
         2,
     )
 
@@ -169,6 +173,6 @@ def test_two_ranks_move_what_does_not_fit() -> None:
 def test_three_ranks() -> None:
     _check_ranks(
         ["MlpInGroups", "opt", "OddShapes", "Unused", "checkpoint_shared_reentrant"],
-        [Home.FULL, Home.DEVICE],
+        [Home.FULL, Home.DEVICE, "auto"],
         3,
     )
