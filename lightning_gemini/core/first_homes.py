@@ -56,24 +56,20 @@ def first_homes(
         chunks + footprints.gradient_work(1),
         unit,
         host_holds=placement != "device",
-        device_holds=placement != "host",
     )
     if device.capacity is not None and need.working_set > device.capacity:
-        raise model_does_not_fit(need, device, host)
+        raise model_does_not_fit(need, device, host, homes)
     if placement == "device":
         if not several or homes + need.working_set > (device.capacity or 0):
-            raise model_does_not_fit(need, device, host)
+            raise model_does_not_fit(need, device, host, homes)
         return [Home.DEVICE] * count
     first = [Home.HOST] * count
     spare = 0 if device.capacity is None else device.capacity - need.working_set
     hosted = homes
-    for index in reversed(range(count)):
-        if host.capacity is None or hosted <= host.capacity:
-            return first
-        if placement == "host" or every[index].kept > spare:
-            break
-        hosted, spare = hosted - every[index].kept, spare - every[index].kept
-        first[index] = Home.DEVICE if several else Home.FULL
+    for index in reversed(range(count)) if placement == "auto" else ():
+        if host.capacity is not None and hosted > host.capacity and every[index].kept <= spare:
+            hosted, spare = hosted - every[index].kept, spare - every[index].kept
+            first[index] = Home.DEVICE if several else Home.FULL
     if host.capacity is None or hosted <= host.capacity:
         return first
-    raise model_does_not_fit(need, device, host)
+    raise model_does_not_fit(need, device, host, hosted)

@@ -8,6 +8,7 @@ the smallest. So all ranks keep, free and prefetch the same chunks, and nothing 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -174,7 +175,8 @@ class Placement:
             self._gradients.reclaim()
             for chunk, stays in pairs:
                 if stays:
-                    self._rehome(chunk, near)
+                    with suppress(OutOfBudgetError):  # what is in use now may be in the way: it stays on the host
+                        self._rehome(chunk, near)
             self._store.slabs.trim()
 
     def _rehome(self, chunk: Chunk, home: Home) -> None:

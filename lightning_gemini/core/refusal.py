@@ -24,41 +24,42 @@ class Need:
         footprints: how the chunks' bytes are computed.
         working_set: unsharded chunks and gradient buffers that have to be on the device at one time.
         unit: the unit that needs the most of them.
-        host_holds: whether homes in host memory are allowed.
-        device_holds: whether homes on the device are.
+        host_holds: whether homes in host memory are allowed; else all are on the device.
     """
 
     footprints: Footprints
     working_set: int
     unit: str
     host_holds: bool
-    device_holds: bool
 
     def homes(self, footprints: Footprints | None = None) -> int:
         """Bytes of all chunks' homes."""
         return sum(one.kept for one in (footprints or self.footprints).all())
 
 
-def model_does_not_fit(need: Need, device: Tier, host: Tier) -> OutOfBudgetError:
-    """The error for a model whose chunks do not fit, before its first step."""
-    total = need.homes()
-    spare = max((device.capacity or 0) - need.working_set, 0) if need.device_holds else 0
-    room = host.capacity if need.host_holds else 0
+def model_does_not_fit(need: Need, device: Tier, host: Tier, hosted: int) -> OutOfBudgetError:
+    """The error for a model whose chunks do not fit, before its first step.
+
+    Args:
+        hosted: bytes of homes that are left for host memory, when the device has taken what it has room for.
+    """
+    total, ranks = need.homes(), need.footprints.layout.world_size
+    parts = _parts(need.footprints.all())
+    in_use = f"chunks and gradient buffers in use at one time, the most for {need.unit}"
     rows = [("", "needed", "available", "")]
-    in_host = total if need.host_holds and not need.device_holds else max(total - spare, 0) if need.host_holds else 0
-    on_device = need.working_set + (0 if need.host_holds else total)
-    used_for = f"chunks and gradient buffers in use at one time, the most for {need.unit}"
-    if not need.host_holds:
-        used_for = f"{_parts(need.footprints.all())}; {format_bytes(need.working_set)} for {used_for}"
-    rows.append(("device memory", format_bytes(on_device), _bound(device.capacity), used_for))
     if need.host_holds:
-        rest = f", of which {format_bytes(total - in_host)} can be on the device" if in_host < total else ""
-        rows.append(("host memory", format_bytes(in_host), _bound(host.capacity), _parts(need.footprints.all()) + rest))
-    ranks = need.footprints.layout.world_size
-    available = None if need.host_holds and room is None else (room or 0) + spare
+        on_device, lacking = need.working_set, 0 if host.capacity is None else hosted - host.capacity
+        rest = f", of which {format_bytes(total - hosted)} can be on the device" if hosted < total else ""
+        rows.append(("device memory", format_bytes(on_device), _bound(device.capacity), in_use))
+        rows.append(("host memory", format_bytes(hosted), _bound(host.capacity), parts + rest))
+    else:
+        on_device = need.working_set + total
+        lacking = on_device - (device.capacity or 0)
+        used = f"{parts}; {format_bytes(need.working_set)} for {in_use}"
+        rows.append(("device memory", format_bytes(on_device), _bound(device.capacity), used))
     remedies = _device_remedies(on_device, need.host_holds) if _lacks(device, on_device) else []
-    if available is not None and total > available:
-        remedies += _remedies(need, total, available, ranks)
+    if lacking > 0:
+        remedies += _remedies(need, total, total - lacking, ranks)
     return OutOfBudgetError(
         f"this model does not fit the memory of each of {ranks} rank(s):\n\n{_table(rows)}\n\nWhat would make it fit:\n"
         + "\n".join(f"- {remedy}" for remedy in remedies)
