@@ -32,7 +32,9 @@ from lightning_gemini.core.update_policy import UpdatePolicy
 from lightning_gemini.optim.kernel import UnavailableError, kernel_for
 from lightning_gemini.optim.recognise import recognise
 
-_CHUNKS_AT_ONCE = 10
+#: Where chunks have to move they are small enough for so many to be in use, idle, or with gradients on the device; and,
+#: where they may live there with their optimizer states, for so many homes, so that what is left over is little.
+_CHUNKS_AT_ONCE, _HOMES_AT_LEAST = 10, 8
 
 
 def shard(
@@ -235,8 +237,11 @@ def _plan(
     if home is None and fits_whole(Footprints(layout, widths.policy, update, widths), device, placement):
         return layout, [Home.FULL] * len(layout.chunks)
     if device.capacity is not None:
-        # about ten chunks are in use, idle, or hold gradients at one time
         limit = device.capacity // (_CHUNKS_AT_ONCE * max(spec.dtype.itemsize for spec in specs))
+        if placement == "auto":
+            homes = sum(one.kept for one in Footprints(layout, widths.policy, update, widths).all())
+            elements = sum(chunk.numel for chunk in layout.chunks)
+            limit = min(limit, device.capacity * elements // (_HOMES_AT_LEAST * homes))
         layout = plan_layout(specs, world_size, chunk_size, alignment, limit)
     if home is not None:
         return layout, [home] * len(layout.chunks)
