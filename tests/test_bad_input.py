@@ -183,6 +183,27 @@ def test_a_dtype_that_changes_after_the_layout() -> None:
         trainer().fit(module, loader())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"margin": 1.0}, r"margin must be 'auto' or a share .* got 1.0"),
+        ({"margin": -0.1}, "margin must be"),
+        ({"margin": True}, "margin must be"),
+        ({"prefetch": -1}, "prefetch must be 'auto' or a number of chunks"),
+        ({"prefetch": 1.5}, "prefetch must be"),
+    ],
+)
+def test_settings_of_plans(options: dict, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        GeminiStrategy(**options)
+
+
+@pytest.mark.parametrize("name", ["device_memory", "host_memory"])
+def test_budgets_beyond_the_machine(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} is .* GiB, but this machine has .* GiB"):
+        trainer(GeminiStrategy(**{name: "900000 GiB"})).fit(Module(), loader())
+
+
 def test_a_chunk_that_does_not_fit_is_found_before_the_first_step() -> None:
     with pytest.raises(OutOfBudgetError, match=r"most for model\.[\s\S]*device_memory of [\d.]+ KiB[\s\S]*chunk_size"):
         trainer(GeminiStrategy(device_memory="10KiB", chunk_size=2**15)).fit(Module("opt"), loader("opt"))

@@ -218,7 +218,11 @@ class Placement:
 
     def _movable(self, chunk: Chunk, in_use: Collection[int]) -> bool:
         gradient = self._gradients.chunks.get(chunk.index)
-        busy = gradient is not None and gradient.state is not GradientState.EMPTY
+        busy = gradient is not None and (
+            gradient.state is not GradientState.EMPTY
+            # it is being updated, within the backward
+            or (self._gradients.consume is not None and gradient.shard is not None)
+        )
         return chunk.home is not Home.HOST and chunk.index not in in_use and not busy
 
     def _to_host(self, chunk: Chunk) -> None:
