@@ -19,7 +19,7 @@ from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.planner import ChunkBytes, DoesNotFitError, Plan, plan
 from lightning_gemini.core.refusal import activations_do_not_fit
-from lightning_gemini.core.schedule import Schedule
+from lightning_gemini.core.schedule import Course, Schedule
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.trace import Moment, Trace, merge
 
@@ -213,6 +213,8 @@ class Placement:
                 if self._store.layout.world_size == 1:
                     self._agreed[chunk.index] = False
                     self._set_limit()
+                    if self._schedule.course is Course.FOLLOWING:
+                        self._schedule.record_again()  # the plan was wrong
                 return True
         return False
 
