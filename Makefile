@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test lint format bench clean
 
 demo: .venv/ready
-	$(BIN)/lightning-gemini fit --config configs/opt_demo.yaml --trainer.strategy.init_args.device_memory 5MiB
+	$(BIN)/lightning-gemini fit --config configs/opt_demo.yaml --trainer.strategy.init_args.device_memory 4MiB
 	$(BIN)/lightning-gemini report runs/opt_demo
 
 test: .venv/ready
