@@ -14,6 +14,7 @@ from lightning_gemini.core.agree import TagBook, chunk_tag
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.collectives import Collectives, Pending
 from lightning_gemini.core.dtypes import DtypePolicy
+from lightning_gemini.core.footprint import trained
 from lightning_gemini.core.layout import ChunkSpec, Layout, Slot, tag_numel
 from lightning_gemini.core.masters import Master
 from lightning_gemini.core.memory import Tier
@@ -131,7 +132,7 @@ class Store:
             self.chunks.append(chunk)
             if spec.index in masters:
                 # where no step needs it now, out of the way
-                tier = self.tier_of(chunk) if _trained(spec) else host
+                tier = self.tier_of(chunk) if trained(spec) else host
                 self.masters[spec.index] = self._new_master(chunk, tier)
 
     def start(self, chunk: Chunk, reason: str) -> None:
@@ -268,7 +269,7 @@ class Store:
         if chunk.home is home:
             return
         before, tier = chunk.home, self.host if home is Home.HOST else self.device
-        master = self.masters.get(chunk.index) if _trained(chunk.spec) else None
+        master = self.masters.get(chunk.index) if trained(chunk.spec) else None
         if tier is not self.tier_of(chunk):
             total = chunk.shard.nbytes + sum(one.beside_bytes(chunk) for one in self.beside)
             total += 0 if master is None else master.part.nbytes
@@ -374,10 +375,6 @@ class Store:
     def _gather(self, chunk: Chunk) -> Pending:
         self.counters.gathered_bytes += chunk.spec.nbytes - chunk.own.nbytes
         return self.collectives.gather(chunk.full)
-
-
-def _trained(spec: ChunkSpec) -> bool:
-    return spec.kind.trainable and spec.kind.updated
 
 
 def flatten_like(value: Tensor, stride: Sequence[int], dtype: torch.dtype) -> Tensor:
