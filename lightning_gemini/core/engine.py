@@ -70,22 +70,21 @@ class Engine:
         self._torn = False
         self._params = list(params)
         self._index_of = {param: index for index, param in enumerate(params)}
-        policy, update = footprints.policy, footprints.update
+        policy, self._update = footprints.policy, footprints.update
         self._schedule = Schedule(store, lambda: self._step.kind)
         self._gradients = Gradients(store, policy)
         self._placement = Placement(store, self._schedule, self._gradients, footprints, placement, bool(optimizers))
-        self._update = update
         self._ballot = Ballot(store, self._gradients)
         self._norms = Norms(store, self._ballot)
         self._summoner = Summoner(store, params, dtypes)
         self._buffers = Buffers(model, store.collectives)
         self._buffers.sync_all()
         self.units = list(units)
-        live, recorded = self._is_live, self._placement.recorded
-        self._step = Step(params, self.units, store, self._schedule, self._gradients, check, live, self.abort, recorded)
+        events = (check, self._is_live, self.abort, self._placement.recorded)
+        self._step = Step(params, self.units, store, self._schedule, self._gradients, *events)
         self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: not self._is_live())
-        suspect = self._step.hidden.suspect
-        self._verdict = Verdict(store, self._gradients, self._ballot, self._buffers, suspect, self._schedule, update)
+        parts = (self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, self._schedule)
+        self._verdict = Verdict(store, *parts, self._update)
         self.optimizers = Optimizers(
             optimizers,
             store,
@@ -99,7 +98,7 @@ class Engine:
             self._step.stand_ins.forget,
             self._after_update,
         )
-        if update.when == "in_backward":
+        if self._update.when == "in_backward":
             self._gradients.consume = self._consume
         for unit in self.units:
             manage(unit, self._step.read, self._step.hidden.listed, self._guard.before_copy)
@@ -362,7 +361,9 @@ class Engine:
         self._step.uses.check_idle()
         if self._schedule.moving:
             self._step.end(updates=True)
-        return self._verdict.may_update(gradients, self._inspect) and self._placement.make_room_for(gradients)
+        if may := self._verdict.may_update(gradients, self._inspect):
+            self._placement.make_room_for(gradients)
+        return may
 
     def _after_update(self) -> None:
         """Chunks that the next step begins with can be on their way, if no other optimizer is about to change them."""
@@ -385,8 +386,7 @@ class Engine:
         return self._phase is Phase.LIVE
 
     def _is_whole(self) -> bool:
-        exact = not self._schedule.moving and not self.store.masters
-        return exact if self._phase is Phase.LIVE else True
+        return not self._is_live() or (not self._schedule.moving and not self.store.masters)
 
     def _require_waiting_gradients(self, action: str) -> None:
         if self._gradients.consume is not None:

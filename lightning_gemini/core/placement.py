@@ -114,11 +114,8 @@ class Placement:
         self._set_limit()
         self._schedule.journal.ask()
 
-    def make_room_for(self, gradients: Sequence[ChunkGradient]) -> bool:
+    def make_room_for(self, gradients: Sequence[ChunkGradient]) -> None:
         """An update of ``gradients`` follows, the same on all ranks: what was frozen so far takes more from now on.
-
-        Returns:
-            that it may be made.
 
         Raises:
             OutOfBudgetError: with that a known step takes more than there is.
@@ -128,7 +125,6 @@ class Placement:
         if unfrozen:
             self._footprints = replace(self._footprints, unfrozen=self._footprints.unfrozen | unfrozen)
             self.replan()
-        return True
 
     def rebudget(self, capacity: int | None) -> None:
         """Plans anew for a device of another size, the smallest that any rank gives; all call.

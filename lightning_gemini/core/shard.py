@@ -135,10 +135,11 @@ def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy
     """Raises ConfigurationError if ``optimizer`` cannot work on chunks under ``policy``.
 
     Returns:
-        by group, the elements of state for each element of a parameter, as far as there is no rule that says so.
+        by group, the elements of state for each element of a parameter.
     """
-    if all(recognise(optimizer, group) is not None for group in optimizer.param_groups):
-        return [0.0] * len(optimizer.param_groups)
+    rules = [recognise(optimizer, group) for group in optimizer.param_groups]
+    if all(rule is not None for rule in rules):
+        return [float(len(rule.state_names)) for rule in rules if rule is not None]
     if in_blocks(optimizer):
         require_contiguous(optimizer, name)
     states = require_elementwise(optimizer, name, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
@@ -24,12 +24,12 @@ class StateWidths:
     Attributes:
         optimizers: in the order of the layout.
         policy: the dtypes.
-        tried: for optimizers that are no rules, by their number: the elements of state for each element, by group.
+        tried: by the optimizers' numbers and by group, the elements of state for each element of a parameter.
     """
 
     optimizers: Sequence[Optimizer]
     policy: DtypePolicy
-    tried: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    tried: Mapping[int, Sequence[float]]
 
     def of(self, spec: ChunkSpec) -> float:
         """Bytes for each element of a chunk; 0 where no optimizer has it."""
@@ -44,7 +44,7 @@ class StateWidths:
         if in_blocks(optimizer):
             return state_bytes(optimizer)
         seen = 4 if self.policy.needs_master(dtype) else dtype.itemsize
-        return seen * (self.tried[number][group] if number in self.tried else 2)
+        return seen * self.tried[number][group]
 
     def ruled(self, spec: ChunkSpec) -> bool:
         """Whether a rule updates the chunk."""
