@@ -17,7 +17,7 @@ Placement = Literal["auto", "device", "host"]
 
 #: The share of an accelerator that is left to what nobody has seen yet (activations) where everything is to stay there
 #: for good. An emulated device has none of it.
-_UNSEEN = 0.5
+_UNSEEN = 0.75
 
 
 def fits_whole(footprints: Footprints, device: Tier, placement: Placement) -> bool:
