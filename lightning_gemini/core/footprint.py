@@ -81,7 +81,8 @@ class Footprints:
             full=spec.nbytes,
             parameter=parameter,
             master=numel * self.policy.master_bytes(dtype),
-            state=int(numel * self.widths.of(spec)),
+            # none for the padding at the end, which on several ranks is another one's
+            state=int(min(numel, spec.end) * self.widths.of(spec)),
             gradient=numel * width if self.update.when == "at_step" else 0,
             extra=extra,
         )

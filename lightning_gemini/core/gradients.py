@@ -6,9 +6,8 @@ complete waits for those before it, and what has not come when the outermost bac
 is at first the layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
 
 NOTE: late gradients.
-A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced is
-kept until the step, where the ranks agree on the chunks to reduce once more; from then on the chunk waits for as many
-parts as it got.
+A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced
+waits for the step, where the ranks agree on what to reduce once more; later the chunk waits for as many parts.
 
 NOTE: sound gradients.
 The sum of a shard's squares is taken when the shard is made, while it is in the cache. It is what norms are made of,
@@ -118,7 +117,8 @@ class Gradients:
         last = gradient.fill(slot, grad)
         if last and gradient.state is GradientState.FILLING and not gradient.reduced:
             self._complete(gradient)
-            self._advance()
+            # on one rank there is nobody to agree with on an order
+            self._advance() if self._collectives.world_size > 1 else self._reduce(gradient)
 
     @property
     def begun(self) -> bool:

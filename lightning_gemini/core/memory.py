@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -77,10 +78,11 @@ class Tier:
         if not self.room(nbytes) and self.spare is not None:
             self.spare(nbytes)
         if not self.room(nbytes):
+            work = f" ({format_bytes(self.work)} of it by gradient buffers)" if self.work else ""
             raise OutOfBudgetError(
                 f"{what} needs {format_bytes(nbytes)} of {self.name} memory, but {format_bytes(self.used)} of "
-                f"{format_bytes(self.capacity or 0)} are in use. Give more memory ({self.name}_memory=...), use more "
-                "ranks, or make the units or the chunks smaller."
+                f"{format_bytes(self.capacity or 0)} are in use{work}. Give more memory ({self.name}_memory=...), use "
+                "more ranks, or make the units or the chunks smaller."
             )
 
     def take(self, nbytes: int, what: str, work: bool = False) -> None:
@@ -158,9 +160,21 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
+    if device.type == "cpu" and (available := _mem_available()) is not None:
+        return available
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _mem_available() -> int | None:
+    """What Linux says it could give without swapping: free memory, and most of what files are cached in."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
+    return None if match is None else int(match[1]) * 1024
 
 
 class MemoryProbe:

@@ -88,7 +88,14 @@ class Placement:
         """
         self._accumulating |= accumulating
         every = self._store.collectives.gather_objects(trace)
-        self._playbook.add(self._with_reserve(merge(every)))
+        trace = self._with_reserve(merge(every))
+        kinds = {known.trace.kind for known in self._playbook.known}
+        known = self._playbook.add(trace)
+        if known.plan is None and trace.kind in kinds:
+            # steps of one kind that differ share their homes, so a new one needs no search for these
+            with suppress(DoesNotFitError):
+                (known.plan,) = self._plan([trace], self._agreed).steps
+                return
         self.replan()
 
     def replan(self) -> None:
@@ -216,8 +223,10 @@ class Placement:
 
     def _movable(self, chunk: Chunk, in_use: Collection[int]) -> bool:
         gradient = self._gradients.chunks.get(chunk.index)
+        # where reductions take place, only theirs depend on where the result goes
+        still = (GradientState.EMPTY, GradientState.FILLING, GradientState.READY)
         busy = gradient is not None and (
-            gradient.state is not GradientState.EMPTY
+            gradient.state not in (still if self._store.layout.world_size > 1 else still[:1])
             # it is being updated, within the backward
             or (self._gradients.consume is not None and gradient.shard is not None)
         )

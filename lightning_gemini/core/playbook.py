@@ -72,12 +72,19 @@ class Playbook:
                 return known
         return None
 
+    def same(self, kind: str, order: Sequence[int], updates: bool) -> Known | None:
+        """The known step of ``kind`` that has this order from beginning to end, and an update after it or not."""
+        for known in self._known:
+            trace = known.trace
+            if trace.kind == kind and trace.updates == updates and trace.order == tuple(order):
+                return known
+        return None
+
     def add(self, trace: Trace) -> Known:
         """Remembers a step that has been recorded."""
         self._unknown.discard(trace.kind)
         self._futile[trace.kind] += 1
-        again = (k for k in self._known if k.trace.kind == trace.kind and k.trace.same_order(trace))
-        known = next(again, None)
+        known = self.same(trace.kind, trace.order, trace.updates)
         if known is None:
             known = Known(trace)
         else:

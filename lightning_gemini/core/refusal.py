@@ -15,6 +15,9 @@ from lightning_gemini.core.planner import DoesNotFitError
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.trace import Trace
 
+#: More ranks than so many times as many as there are help nobody.
+_MOST_RANKS = 64
+
 
 @dataclass(frozen=True)
 class Need:
@@ -100,7 +103,7 @@ def _remedies(need: Need, total: int, available: int, ranks: int) -> list[str]:
         found.append(f"{format_bytes(total - available)} more host memory (host_memory=...)")
     else:
         found.append("placement='auto' or 'host', which keep in host memory what has no room")
-    if available > 0:
+    if available > 0 and total <= _MOST_RANKS * available:
         found.append(f"{math.ceil(ranks * total / available)} ranks instead of {ranks}, each with as much memory")
     if need.footprints.policy.master is None and need.footprints.policy.compute is None:
         found.append("precision='bf16-mixed' with split masters: 14 bytes for each parameter instead of 16 with AdamW")

@@ -168,16 +168,16 @@ class Schedule:
             return None
         trace = self._recorder.end(updates) if self._recorder is not None else None
         if self._course is Course.FOLLOWING and self._known is not None:
-            if len(self._begun) == len(self._known.trace.moments) and updates == self._known.trace.updates:
-                self.playbook.followed(self._known)
+            same = self.playbook.same(self._step_kind, self._begun, updates)
+            if same is not None:  # the one that was expected, or one that differs in whether an update follows
+                self.playbook.followed(same)
                 self._store.counters.followed += 1
                 self._look_for_growth()
                 if self.journal.writing:
-                    self.journal.end(self._known.trace.has_backward)
-            else:  # it ended early, or without an update
+                    self.journal.end(same.trace.has_backward)
+            else:  # it ended early, or for the first time without an update, or with one
                 self._store.counters.strayed += 1
-                moments = self._known.trace.moments[: len(self._begun)]
-                trace = Trace(self._step_kind, moments, updates)
+                trace = Trace(self._step_kind, self._known.trace.moments[: len(self._begun)], updates)
         self._stop()
         if updates:
             self._free_all_but([c.index for c in self._store.chunks if not trained(c.spec)])

@@ -268,6 +268,7 @@ class Store:
         """
         if chunk.home is home:
             return
+        self.fetching.mark().wait()  # a copy of a chunk that was dropped may still read what is given back here
         before, tier = chunk.home, self.host if home is Home.HOST else self.device
         master = self.masters.get(chunk.index) if trained(chunk.spec) else None
         if tier is not self.tier_of(chunk):
@@ -367,6 +368,8 @@ class Store:
             self._give_shard(chunk)
         for master in self.masters.values():
             master.release()
+        for lane in (self.fetching, self.offloading):
+            lane.mark().wait()
         self.slabs.close()
         self.chunks.clear()
         self.masters.clear()
