@@ -305,7 +305,7 @@ def _fail_and_go_on() -> dict[str, Any]:
     small = Module()
     said = pytest.warns(UserWarning, match="do not fit into the host memory of every rank")
     with said if dist.get_rank() == 0 else nullcontext():
-        trainer(GeminiStrategy("device", device_memory="245KiB", chunk_size=1088, host_memory="20KiB")).fit(
+        trainer(GeminiStrategy("device", device_memory="205KiB", chunk_size=1088, host_memory="20KiB")).fit(
             small, loader()
         )
     found["small"] = [p.detach().isnan().all().item() for p in small.parameters()]

@@ -89,7 +89,7 @@ class Gradients:
         self._order = [self.chunks[index] for index in store.layout.reduce_order]
         self._next = 0
         self._in_step = True  # the ranks have come to each reduction at about the same time
-        self._completed: list[int] | None = []  # indices, until the order is learnt
+        self._completed: list[int] | None = [] if self._collectives.world_size > 1 else None  # until the order is learnt
         self._in_flight: deque[_Reduction] = deque()
         self.accumulating = False
         self.loss_scale = self._late_scale = 1.0
@@ -115,10 +115,10 @@ class Gradients:
         if gradient.state is GradientState.EMPTY:
             self._open(gradient)
         last = gradient.fill(slot, grad)
-        if last and gradient.state is GradientState.FILLING and not gradient.reduced:
+        alone = self._collectives.world_size == 1  # there is nobody to agree with on an order, nor on late parts
+        if last and gradient.state is GradientState.FILLING and (alone or not gradient.reduced):
             self._complete(gradient)
-            # on one rank there is nobody to agree with on an order
-            self._advance() if self._collectives.world_size > 1 else self._reduce(gradient)
+            self._reduce(gradient) if alone else self._advance()
 
     @property
     def begun(self) -> bool:
