@@ -89,7 +89,7 @@ class Gradients:
         self._order = [self.chunks[index] for index in store.layout.reduce_order]
         self._next = 0
         self._in_step = True  # the ranks have come to each reduction at about the same time
-        self._completed: list[int] | None = [] if self._collectives.world_size > 1 else None  # until the order is learnt
+        self._completed: list[int] | None = [] if self._collectives.world_size > 1 else None  # until it is learnt
         self._in_flight: deque[_Reduction] = deque()
         self.accumulating = False
         self.loss_scale = self._late_scale = 1.0
