@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from lightning_gemini.core import ConfigurationError
-from lightning_gemini.core.memory import available_bytes, format_bytes, parse_bytes, total_bytes
+from lightning_gemini.core.machine import available_bytes, total_bytes
+from lightning_gemini.core.memory import format_bytes, parse_bytes
 
 #: The share of an accelerator's memory that plans leave free unless margin says otherwise: for batches that take more
 #: than the recorded one, and for fragments. An emulated device, where every byte is counted, needs none.

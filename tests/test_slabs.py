@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lightning_gemini.core import pinning
+from lightning_gemini.core import machine, pinning
 from lightning_gemini.core.errors import ConfigurationError, OutOfBudgetError, StateError
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.slabs import SLOT_ALIGNMENT, Slabs
@@ -271,9 +271,10 @@ def test_closed_slabs_say_so() -> None:
         slabs.put(tensor)
 
 
-def test_only_host_memory_can_be_pinned() -> None:
-    with pytest.raises(ConfigurationError, match="the tier is on meta: use pin=False"):
-        Slabs(Tier("device", torch.device("meta")), pin=True)
+@pytest.mark.parametrize("pin", [False, True])
+def test_slabs_are_host_memory(pin: bool) -> None:
+    with pytest.raises(ConfigurationError, match="the tier is on meta: use the host tier"):
+        Slabs(Tier("device", torch.device("meta")), pin=pin)
 
 
 def test_memory_is_not_touched_before_it_is_used() -> None:
@@ -378,13 +379,18 @@ def test_limits_are_those_of_the_process_and_its_control_groups(tmp_path: Path) 
     inner = mount / "outer" / "inner"
     inner.mkdir(parents=True)
     membership.write_text("4:memory:/old\n0::/outer/inner\n")
-    assert pinning._control_group_limit(membership, mount) is None
+    assert machine.control_group(membership, mount) is None
     (inner / "memory.max").write_text("max\n")
     (mount / "outer" / "memory.max").write_text("4096\n")
-    assert pinning._control_group_limit(membership, mount) == 4096
+    assert machine.control_group(membership, mount) == machine.ControlGroup(4096, 4096)
     (inner / "memory.max").write_text("512\n")
-    assert pinning._control_group_limit(membership, mount) == 512
-    assert pinning._control_group_limit(tmp_path / "none", mount) is None
+    assert machine.control_group(membership, mount) == machine.ControlGroup(512, 512)
+    # what others in the outer group use leaves less than the inner one's limit; files that can be read again do not
+    (mount / "outer" / "memory.current").write_text("4000\n")
+    assert machine.control_group(membership, mount) == machine.ControlGroup(512, 96)
+    (mount / "outer" / "memory.stat").write_text("anon 3900\ninactive_file 100\nactive_file 0\n")
+    assert machine.control_group(membership, mount) == machine.ControlGroup(512, 196)
+    assert machine.control_group(tmp_path / "none", mount) is None
 
 
 def test_no_warning_where_nothing_is_refused() -> None:

@@ -4,6 +4,7 @@ NOTE: reduce order.
 Every chunk that an optimizer updates is reduced once per backward on every rank, in one agreed order: a chunk that is
 complete waits for those before it, and what has not come when the outermost backward ends travels as zeros. The order
 is at first the layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
+On one rank there is nobody to agree with: each chunk is reduced when it is complete, and what comes late with it.
 
 NOTE: late gradients.
 A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced
@@ -129,8 +130,8 @@ class Gradients:
         """The outermost backward is over: reduces what is left, and waits for all of it."""
         self._late_scale = self.loss_scale
         several = self._collectives.world_size > 1
-        for gradient in self._order[self._next :]:
-            if gradient.state is GradientState.EMPTY and several and _wants_gradient(gradient.chunk):
+        for gradient in self._order[self._next :]:  # on one rank all, of which those are left that lack a parameter's
+            if several and gradient.state is GradientState.EMPTY and _wants_gradient(gradient.chunk):
                 self._open(gradient)
             if gradient.state is GradientState.FILLING:
                 self._complete(gradient)
@@ -139,10 +140,6 @@ class Gradients:
         self._settle()
         self._next = 0
         for gradient in self._order:
-            if gradient.state is GradientState.FILLING and not several:  # late, and nobody to agree with
-                gradient.complete()
-                self._reduce(gradient)
-                self._settle()
             gradient.end_backward()
         self._landings.wait()
         self._transient.clear(self._spared)
@@ -175,7 +172,7 @@ class Gradients:
                 self._drop_buffer(gradient)
 
     def reset(self) -> None:
-        """After a failure: drops what the backward under way has not reduced; waits for nothing and nobody."""
+        """After a failure: drops what the backward under way has not reduced; waits for nobody."""
         for under_way in self._in_flight:
             self._result_pool(under_way.gradient.chunk).drop(under_way.out)
             if under_way.scratch is not None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -52,6 +50,7 @@ class Tier:
     """One kind of memory: bytes in use, their peak, and the bytes that may be in use.
 
     ``capacity`` is ``None`` where nothing bounds it. ``spare`` is asked to give so many bytes back when room is short.
+    ``refusal`` says in words that there is no room for so many bytes of something; a sentence by default.
     ``work`` is the part of ``used`` that lives for a moment of a step only, such as gradient buffers; ``work_peak`` is
     the most of it since somebody set it back.
     """
@@ -64,6 +63,7 @@ class Tier:
     work: int = 0
     work_peak: int = 0
     spare: Callable[[int], None] | None = None
+    refusal: Callable[[int, str], str] | None = None
 
     def room(self, nbytes: int) -> bool:
         """Whether ``nbytes`` more are allowed."""
@@ -77,12 +77,13 @@ class Tier:
         """
         if not self.room(nbytes) and self.spare is not None:
             self.spare(nbytes)
+        if not self.room(nbytes) and self.refusal is not None:
+            raise OutOfBudgetError(self.refusal(nbytes, what))
         if not self.room(nbytes):
-            work = f" ({format_bytes(self.work)} of it by gradient buffers)" if self.work else ""
             raise OutOfBudgetError(
                 f"{what} needs {format_bytes(nbytes)} of {self.name} memory, but {format_bytes(self.used)} of "
-                f"{format_bytes(self.capacity or 0)} are in use{work}. Give more memory ({self.name}_memory=...), use "
-                "more ranks, or make the units or the chunks smaller."
+                f"{format_bytes(self.capacity or 0)} are in use. Give more memory ({self.name}_memory=...), use more "
+                "ranks, or make the units or the chunks smaller."
             )
 
     def take(self, nbytes: int, what: str, work: bool = False) -> None:
@@ -146,37 +147,6 @@ class BufferPool:
             keep -= sum(buffer.nbytes for buffer in buffers)
 
 
-def total_bytes(device: torch.device) -> int | None:
-    """Bytes of memory that the machine has on ``device``, in use or not; ``None`` if unknown."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Bytes that this process could still use on ``device``, with what it holds already; ``None`` if unknown."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    if device.type == "cpu" and (available := _mem_available()) is not None:
-        return available
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def _mem_available() -> int | None:
-    """What Linux says it could give without swapping: free memory, and most of what files are cached in."""
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    match = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
-    return None if match is None else int(match[1]) * 1024
-
-
 class MemoryProbe:
     """The most bytes that torch had given out on a device since the last :meth:`reset`, whoever asked for them.
 
@@ -185,11 +155,6 @@ class MemoryProbe:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
-
-    @property
-    def measures(self) -> bool:
-        """Whether there is anything to be measured."""
-        return self._device is not None
 
     def reset(self) -> None:
         """Begins to look for the most from now on."""

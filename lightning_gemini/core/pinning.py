@@ -7,12 +7,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol, SupportsInt
 
 import torch
 from torch import Tensor
 
+from lightning_gemini.core.machine import control_group
 from lightning_gemini.core.memory import format_bytes
 
 #: cudaHostRegisterPortable: pinned for every CUDA context of the process. It is implied where host and device share
@@ -97,20 +97,5 @@ def _limits() -> Iterator[str]:
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         if soft != resource.RLIM_INFINITY:
             yield f"the locked-memory limit (`ulimit -l`) is {format_bytes(soft)}"
-    limit = _control_group_limit(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    if limit is not None:
-        yield f"the control group's memory limit (memory.max) is {format_bytes(limit)}"
-
-
-def _control_group_limit(membership: Path, mount: Path) -> int | None:
-    """The lowest ``memory.max`` (bytes) of this process's control group (version 2) and of those above it."""
-    limits = []
-    with suppress(OSError):
-        group = next((line[3:] for line in membership.read_text().splitlines() if line.startswith("0::")), "/")
-        folder = mount / group.lstrip("/")
-        for place in (folder, *folder.parents):
-            with suppress(OSError, ValueError):  # no such file at the root; "max" where nothing bounds it
-                limits.append(int((place / "memory.max").read_text()))
-            if place == mount:
-                break
-    return min(limits, default=None)
+    if (group := control_group()) is not None:
+        yield f"the control group's memory limit (memory.max) is {format_bytes(group.limit)}"

@@ -1,4 +1,4 @@
-"""Slabs: large pieces of one tier's memory, cut into slots for shards, masters, gradients and optimizer states.
+"""Slabs: large pieces of host memory, cut into slots for what is copied to and from the device: shards and gradients.
 
 Instead of one pinned allocation for each tensor: torch's pinned allocator rounds sizes up to powers of two (pytorch
 issue 95823), and registering many small ranges with CUDA is slow.
@@ -40,29 +40,27 @@ class _Slot:
 
 
 class Slabs:
-    """Flat tensors of a tier, cut out of slabs that are pinned where the device profits from it.
+    """Flat tensors in host memory, cut out of slabs that are pinned where the device profits from it.
 
     Slots are used again by tensors of any dtype that need as many bytes, rounded up to ``SLOT_ALIGNMENT``: where chunks
     are equally long, a gradient in bf16 fits where a shard in bf16 was. The tier counts slots, in use or not; a slab
-    on the host begins at a page and keeps the rest of its last page to itself, which is not counted.
+    begins at a page and keeps the rest of its last page to itself, which is not counted.
 
     Copies that run in the background are not known here: a tensor must not be given back before its copies are over,
     nor memory be trimmed or closed.
 
     Args:
-        tier: where the slabs live; their bytes are counted there.
+        tier: host memory; the slabs' bytes are counted there.
         pin: page-lock the slabs, for copies that run beside the host. Where the system refuses, they are pageable.
         runtime: the CUDA runtime that pins; ``torch.cuda.cudart()`` by default.
 
     Raises:
-        ConfigurationError: ``pin`` on a tier that is not host memory.
+        ConfigurationError: the tier is not host memory.
     """
 
     def __init__(self, tier: Tier, pin: bool, runtime: CudaRuntime | None = None) -> None:
-        if pin and tier.device.type != "cpu":
-            raise ConfigurationError(
-                f"Only host memory can be pinned, and the tier is on {tier.device}: use pin=False."
-            )
+        if tier.device.type != "cpu":
+            raise ConfigurationError(f"Slabs are host memory, and the tier is on {tier.device}: use the host tier.")
         self._tier, self._pin, self._runtime = tier, pin, runtime
         self._slabs: list[_Slab] = []
         self._free: dict[int, list[_Slot]] = {}
@@ -168,8 +166,6 @@ class Slabs:
 
     def _allocate(self, nbytes: int, what: str) -> Tensor:
         with torch.inference_mode(False):
-            if self._tier.device.type != "cpu":
-                return torch.empty(nbytes, dtype=torch.uint8, device=self._tier.device)
             # Pages of the slab's own, which the system fills when they are used first. torch.empty begins in the middle
             # of a page, and two registered ranges must not touch the same page. Private, as a shared mapping of
             # Python's default costs more to fill.

@@ -142,9 +142,7 @@ class Store:
             OutOfBudgetError: it does not fit the device tier.
             DisagreementError: another rank gathered another chunk; ``reason`` names the unit that wanted this one.
         """
-        self.device.take(chunk.spec.nbytes, f"chunk {chunk.index} for {reason}")
-        self.unsharded_bytes += chunk.spec.nbytes
-        chunk.allocate()
+        self._allocate(chunk, f"chunk {chunk.index} for {reason}")
         self.counters.unshards += 1
         try:
             self._coming[chunk.index] = self._bring(chunk, reason)
@@ -186,6 +184,12 @@ class Store:
                 self.counters.fetched_bytes += chunk.shard.nbytes
             return _Coming(reason, self._gather(chunk), self.fetching.mark())
 
+    def _allocate(self, chunk: Chunk, what: str) -> None:
+        """FREE -> COMING, and counted."""
+        self.device.take(chunk.spec.nbytes, what)
+        self.unsharded_bytes += chunk.spec.nbytes
+        chunk.allocate()
+
     def _arrive(self, chunk: Chunk, coming: _Coming) -> None:
         coming.pending.wait()
         coming.mark.join()
@@ -193,7 +197,7 @@ class Store:
             self.tags.note(chunk.index, chunk.tag, coming.reason)
 
     def reshard(self, chunk: Chunk) -> None:
-        """HELD -> FREE; nothing is copied, the shard holds the same values."""
+        """HELD or COMING -> FREE; nothing is copied, the shard holds the same values."""
         chunk.free()
         self.device.give(chunk.spec.nbytes)
         self.unsharded_bytes -= chunk.spec.nbytes
@@ -282,9 +286,7 @@ class Store:
             self.counters.rehomed_bytes += total
         if home is Home.FULL:
             if not chunk.resident:
-                self.device.take(chunk.spec.nbytes, f"chunk {chunk.index}")
-                self.unsharded_bytes += chunk.spec.nbytes
-                chunk.allocate()
+                self._allocate(chunk, f"chunk {chunk.index}")
                 chunk.own.copy_(chunk.shard)
                 chunk.hold()
             shard = chunk.own
