@@ -108,6 +108,7 @@ class Store:
         self._longest_slice = max(sizes) // layout.world_size
         self.chunks: list[Chunk] = []
         self.masters: dict[int, Master] = {}
+        self._aside: set[int] = set()  # masters that no step needs now, in host memory wherever their chunks live
         self._policy = policy
         pairs = list(zip(layout.chunks, homes, strict=True))
         hosted = [spec.nbytes // layout.world_size for spec, home in pairs if home is Home.HOST]
@@ -131,8 +132,9 @@ class Store:
                 chunk.shard.view(torch.uint8)[-4:].view(torch.int32).fill_(chunk_tag(layout, spec.index))
             self.chunks.append(chunk)
             if spec.index in masters:
-                # where no step needs it now, out of the way
-                tier = self.tier_of(chunk) if trained(spec) else host
+                if not trained(spec):
+                    self._aside.add(spec.index)
+                tier = host if spec.index in self._aside else self.tier_of(chunk)
                 self.masters[spec.index] = self._new_master(chunk, tier)
 
     def start(self, chunk: Chunk, reason: str) -> None:
@@ -274,7 +276,7 @@ class Store:
             return
         self.fetching.mark().wait()  # a copy of a chunk that was dropped may still read what is given back here
         before, tier = chunk.home, self.host if home is Home.HOST else self.device
-        master = self.masters.get(chunk.index) if trained(chunk.spec) else None
+        master = None if chunk.index in self._aside else self.masters.get(chunk.index)
         if tier is not self.tier_of(chunk):
             total = chunk.shard.nbytes + sum(one.beside_bytes(chunk) for one in self.beside)
             total += 0 if master is None else master.part.nbytes
@@ -344,6 +346,7 @@ class Store:
         tier, known = self.tier_of(chunk), self.masters.get(chunk.index)
         if known is not None:
             known.move(tier)
+            self._aside.discard(chunk.index)
         else:
             values = chunk.shard.to(torch.float32)
             self.masters[chunk.index] = self._new_master(chunk, tier)
