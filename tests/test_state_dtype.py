@@ -272,3 +272,21 @@ def test_what_gets_no_gradient_is_left_alone(policy: DtypePolicy) -> None:
     assert set(counts) == {name for name in names if not name.startswith("never")}
     assert {counts[name] for name in counts} == {3, 9}
     assert {counts[name] for name in counts if name.startswith("sometimes")} == {3}
+
+
+@pytest.mark.parametrize("built", [torch.float64, torch.float16])
+def test_dtypes_that_no_rule_suits_are_updated_by_the_optimizer_itself(built: torch.dtype) -> None:
+    """In their own dtype, whatever states of rules are kept in."""
+    model = nn.Linear(8, 8, dtype=built)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    expected = nn.Linear(8, 8, dtype=built)
+    expected.load_state_dict(model.state_dict())
+    plain = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
+    engine = shard(model, [optimizer], policy=BF16)
+    for _ in range(2):
+        for one, its in ((model, optimizer), (expected, plain)):
+            its.zero_grad()
+            one(torch.ones(2, 8, dtype=built)).square().sum().backward()
+            its.step()
+    engine.release()
+    torch.testing.assert_close(dict(model.named_parameters()), dict(expected.named_parameters()))

@@ -16,11 +16,10 @@ from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.masters import Master
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.segments import Segment, SegmentedShard
-from lightning_gemini.core.state_width import RULED
+from lightning_gemini.core.state_width import rule_for, suits_rules
 from lightning_gemini.core.store import Store
 from lightning_gemini.optim.kernel import kernel_for
 from lightning_gemini.optim.operands import Operands
-from lightning_gemini.optim.recognise import recognise
 from lightning_gemini.optim.rule import Rule, count_step
 
 
@@ -83,11 +82,8 @@ class ChunkUpdate:
         Raises:
             ConfigurationError: there is none any more, but states that only a rule can go on from.
         """
-        dtype = self.chunk.spec.kind.dtype
-        if dtype not in RULED or (dtype == torch.float16 and not self._policy.needs_master(dtype)):
-            return None
-        rule = recognise(self.optimizer, self._group)
-        if rule is None and self._policy.state != torch.float32:
+        rule, dtype = rule_for(self.optimizer, self.chunk.spec, self._policy), self.chunk.spec.kind.dtype
+        if rule is None and self._policy.state != torch.float32 and suits_rules(dtype, self._policy):
             raise ConfigurationError(
                 f"{type(self.optimizer).__name__} had a rule, which keeps its states in {self._policy.state}, but its "
                 "settings have changed so that it has none any more (foreach, capturable, differentiable, or a tensor "

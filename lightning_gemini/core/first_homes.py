@@ -12,21 +12,23 @@ from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.refusal import Need, model_does_not_fit
 from lightning_gemini.core.units import Unit
 
-Placement = Literal["auto", "device", "host"]
-
+#: What a user asks for.
+PlacementName = Literal["auto", "device", "host"]
 
 #: The share of an accelerator that is left to what nobody has seen yet (activations) where everything is to stay there
 #: for good. An emulated device has none of it.
 _UNSEEN = 0.75
 
 
-def fits_whole(footprints: Footprints, device: Tier, placement: Placement) -> bool:
+def fits_whole(footprints: Footprints, device: Tier, host: Tier, placement: PlacementName) -> bool:
     """Whether all chunks can be kept unsharded on the device, and need not move at all.
+
+    What is in host memory even then has to fit there.
 
     Where that need not be decided for good, with what is frozen now but has an optimizer: once it is unfrozen it takes
     as much as the rest.
     """
-    if placement == "host":
+    if placement == "host" or (host.capacity is not None and footprints.aside > host.capacity):
         return False
     if placement == "auto":
         updated = frozenset(chunk.index for chunk in footprints.layout.chunks if chunk.kind.updated)
@@ -39,14 +41,17 @@ def fits_whole(footprints: Footprints, device: Tier, placement: Placement) -> bo
 
 
 def first_homes(
-    footprints: Footprints, units: Sequence[Unit], device: Tier, host: Tier, placement: Placement
+    footprints: Footprints, units: Sequence[Unit], device: Tier, host: Tier, placement: PlacementName
 ) -> list[Home]:
     """Homes for chunks that are not kept whole: in host memory, as far as it has room, or all on the device.
+
+    Masters of frozen chunks are in host memory in any case.
 
     Raises:
         OutOfBudgetError: it does not fit; with what is needed and what would make it fit.
     """
     every = footprints.all()
+    aside = footprints.aside
     count, several = len(every), footprints.layout.world_size > 1
     homes = sum(one.kept for one in every)
     chunks, unit = working_set(footprints.layout, units)
@@ -58,14 +63,14 @@ def first_homes(
         host_holds=placement != "device",
     )
     if device.capacity is not None and need.working_set > device.capacity:
-        raise model_does_not_fit(need, device, host, homes)
+        raise model_does_not_fit(need, device, host, aside if placement == "device" else aside + homes)
     if placement == "device":
-        if not several or homes + need.working_set > (device.capacity or 0):
-            raise model_does_not_fit(need, device, host, homes)
+        if not several or homes + need.working_set > (device.capacity or 0) or not host.room(aside):
+            raise model_does_not_fit(need, device, host, aside)
         return [Home.DEVICE] * count
     first = [Home.HOST] * count
-    spare = 0 if device.capacity is None else device.capacity - need.working_set
-    hosted = homes
+    spare = homes if device.capacity is None else device.capacity - need.working_set
+    hosted = aside + homes
     for index in reversed(range(count)) if placement == "auto" else ():
         if host.capacity is not None and hosted > host.capacity and every[index].kept <= spare:
             hosted, spare = hosted - every[index].kept, spare - every[index].kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -53,6 +53,7 @@ class Footprints:
         policy: the dtypes.
         update: whether gradients wait.
         widths: how much state the optimizers keep.
+        dtypes: of the layout's parameters before it was made.
         unfrozen: chunks that are updated though they were frozen when the layout was made.
     """
 
@@ -60,6 +61,7 @@ class Footprints:
     policy: DtypePolicy
     update: UpdatePolicy
     widths: StateWidths
+    dtypes: Sequence[torch.dtype]
     unfrozen: frozenset[int] = frozenset()
 
     def all(self, accumulating: bool = False, extra: Mapping[int, int] | None = None) -> list[Footprint]:
@@ -82,7 +84,7 @@ class Footprints:
             parameter=parameter,
             master=numel * self.policy.master_bytes(dtype),
             # none for the padding at the end, which on several ranks is another one's
-            state=int(min(numel, spec.end) * self.widths.of(spec)),
+            state=int(min(numel, spec.end) * self.widths.of(spec, self.policy)),
             gradient=numel * width if self.update.when == "at_step" else 0,
             extra=extra,
         )
@@ -91,15 +93,31 @@ class Footprints:
         """Whether a step updates the chunk, as far as is known by now."""
         return trained(spec) or spec.index in self.unfrozen
 
+    def has_master(self, spec: ChunkSpec) -> bool:
+        """Whether the chunk has a master from the beginning: it is trained, or would lose bits without one."""
+        dtype = spec.kind.dtype
+        wider = any(self.dtypes[slot.param].itemsize > dtype.itemsize for slot in spec.slots)
+        return self.policy.needs_master(dtype) and (trained(spec) or wider)
+
+    @property
+    def aside(self) -> int:
+        """Bytes of the masters of frozen chunks on one rank: in host memory, wherever the chunks' homes are."""
+        return sum(
+            spec.numel // self.layout.world_size * self.policy.master_bytes(spec.kind.dtype)
+            for spec in self.layout.chunks
+            if self.has_master(spec) and not self.trained(spec)
+        )
+
     @property
     def halves_states(self) -> bool:
         """Whether all chunks that are updated could have states in bf16."""
-        return all(self.widths.ruled(spec) for spec in self.layout.chunks if trained(spec))
+        chunks = (spec for spec in self.layout.chunks if trained(spec))
+        return all(self.widths.rule(spec, self.policy) is not None for spec in chunks)
 
-    def with_bf16_states(self) -> Footprints:
-        """What it would be with these."""
-        policy = replace(self.policy, state=torch.bfloat16)
-        return replace(self, policy=policy, widths=replace(self.widths, policy=policy))
+    @property
+    def in_fp32(self) -> bool:
+        """Whether all chunks that are updated, and there are some, are computed in fp32."""
+        return {spec.kind.dtype for spec in self.layout.chunks if trained(spec)} == {torch.float32}
 
     def moved(self, footprints: Sequence[Footprint], whole: bool) -> list[ChunkBytes]:
         """The same, as the planner sees it; ``whole`` says whether a home on the device is the unsharded chunk."""

@@ -18,7 +18,7 @@ from lightning_gemini.core.errors import OutOfBudgetError
 from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.planner import ChunkBytes, DoesNotFitError, Plan, plan
-from lightning_gemini.core.refusal import activations_do_not_fit
+from lightning_gemini.core.refusal import activations_do_not_fit, device_cannot_shrink, device_is_full
 from lightning_gemini.core.schedule import Course, Schedule
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.trace import Moment, Trace, merge
@@ -72,9 +72,8 @@ class Placement:
         self._trains = trains
         self._accumulating = False
         self._agreed = [chunk.home is not Home.HOST for chunk in store.chunks]  # a rank may have fewer on the device
-        schedule.make_room = self._give_up_a_home
-        schedule.make_way = self._move_a_home
-        schedule.reclaim = gradients.reclaim
+        schedule.relief = self
+        store.device.refusal = self._refusal
         self._set_limit()
 
     def recorded(self, trace: Trace, accumulating: bool) -> None:
@@ -106,6 +105,7 @@ class Placement:
         """
         known = self._playbook.known
         if not known:
+            self._set_limit()
             return
         traces = [one.trace for one in known]
         free = self._policy.homes == "auto" and (not self._trains or any(trace.updates for trace in traces))
@@ -113,7 +113,7 @@ class Placement:
             made = self._plan(traces, "auto" if free else self._agreed)
         except DoesNotFitError as error:
             if free or self._policy.homes == "fixed":
-                raise activations_do_not_fit(error, traces, self._store) from error
+                raise activations_do_not_fit(error, traces, self._store, self._footprints.aside) from error
             made = self._plan(traces, "auto")
         for one, step in zip(known, made.steps, strict=True):
             one.plan = step
@@ -137,7 +137,8 @@ class Placement:
         """Plans anew for a device of another size, the smallest that any rank gives; all call.
 
         Raises:
-            OutOfBudgetError: a known step takes more than that; the old size stays.
+            OutOfBudgetError: a known step, or what stays on the device between two, takes more than that; the old size
+                stays, on all ranks.
         """
         device = self._store.device
         every = self._store.collectives.gather_objects(capacity)
@@ -145,9 +146,21 @@ class Placement:
         before, device.capacity = device.capacity, capacity
         try:
             self.replan()
+            self._require_room_for_homes()
         except OutOfBudgetError:
             device.capacity = before
+            with suppress(OutOfBudgetError):  # it may have been too small for a known step before
+                self.replan()
             raise
+
+    def _require_room_for_homes(self) -> None:
+        """Raises OutOfBudgetError if more stays on the device between two steps than it has; on all ranks."""
+        self._schedule.free_idle()
+        self._gradients.reclaim()
+        every = self._store.collectives.gather_objects(max(self._store.device.used, self._home_bytes()))
+        capacity = self._store.device.capacity
+        if capacity is not None and max(every) > capacity:
+            raise device_cannot_shrink(max(every), capacity)
 
     def _plan(self, traces: Sequence[Trace], homes: Literal["auto"] | Sequence[bool]) -> Plan:
         sizes = self._sizes()
@@ -155,6 +168,8 @@ class Placement:
         if self._policy.narrow:
             window = _WINDOW_CHUNKS * max(size.full for size in sizes)
         device, host = self._store.device.capacity, self._store.host.capacity
+        if host is not None:
+            host -= self._footprints.aside
         return plan(traces, sizes, device, host, homes=homes, window=window, depth=self._policy.depth)
 
     def _sizes(self) -> list[ChunkBytes]:
@@ -188,15 +203,15 @@ class Placement:
         if kept and chunk.home is not Home.FULL and not chunk.pins:
             self._store.reshard(chunk)
 
-    def _give_up_a_home(self, in_use: Collection[int]) -> bool:
-        """Decides that a chunk that nobody needs now has its home in host memory; whether there was one.
+    def give_up_home(self, in_use: Collection[int]) -> bool:
+        """Decides that a chunk that is not ``in_use`` has its home in host memory; whether there was one.
 
         That is the same chunk on all ranks. One whose gradient a reduction is at work on moves when there is need.
         """
         if self._policy.homes == "fixed":
             return False
         if self._store.layout.world_size == 1:
-            return self._move_a_home(in_use)
+            return self.move_home(in_use)
         for index in reversed(range(len(self._agreed))):
             if self._agreed[index] and index not in in_use:
                 self._agreed[index] = False
@@ -206,7 +221,7 @@ class Placement:
                 return True
         return False
 
-    def _move_a_home(self, in_use: Collection[int]) -> bool:
+    def move_home(self, in_use: Collection[int]) -> bool:
         """Moves one home of this rank to host memory; whether there was one that can move now."""
         if self._policy.homes == "fixed":
             return False
@@ -220,6 +235,10 @@ class Placement:
                         self._schedule.record_again()  # the plan was wrong
                 return True
         return False
+
+    def reclaim(self) -> None:
+        """Gives back the memory of gradient buffers that nobody uses."""
+        self._gradients.reclaim()
 
     def _movable(self, chunk: Chunk, in_use: Collection[int]) -> bool:
         gradient = self._gradients.chunks.get(chunk.index)
@@ -237,11 +256,17 @@ class Placement:
         self._gradients.reclaim()
 
     def _set_limit(self) -> None:
-        if (capacity := self._store.device.capacity) is None:
-            return
-        sizes = self._sizes()
-        kept = sum(size.kept for size, near in zip(sizes, self._agreed, strict=True) if near)
-        self._schedule.limit = capacity - kept - self._footprints.gradient_work()
+        capacity = self._store.device.capacity
+        work = self._home_bytes() + self._footprints.gradient_work()
+        self._schedule.limit = None if capacity is None else capacity - work
+
+    def _home_bytes(self) -> int:
+        """Of the homes on the device that the ranks have agreed on."""
+        return sum(size.kept for size, near in zip(self._sizes(), self._agreed, strict=True) if near)
+
+    def _refusal(self, nbytes: int, what: str) -> str:
+        movable = self._policy.homes == "auto"
+        return device_is_full(self._store, self._schedule.in_use_bytes, movable, nbytes, what)
 
     def _with_reserve(self, trace: Trace) -> Trace:
         """``trace`` with room for the buffers of reductions: how many are under way at a time is not the same twice."""

@@ -36,31 +36,42 @@ class Need:
     host_holds: bool
 
     def homes(self, footprints: Footprints | None = None) -> int:
-        """Bytes of all chunks' homes."""
-        return sum(one.kept for one in (footprints or self.footprints).all())
+        """Bytes of all chunks' homes, and of the masters of frozen chunks, which are in host memory in any case."""
+        footprints = footprints or self.footprints
+        return sum(one.kept for one in footprints.all()) + footprints.aside
 
 
 def model_does_not_fit(need: Need, device: Tier, host: Tier, hosted: int) -> OutOfBudgetError:
     """The error for a model whose chunks do not fit, before its first step.
 
     Args:
-        hosted: bytes of homes that are left for host memory, when the device has taken what it has room for.
+        hosted: bytes that are left for host memory, when the device has taken what it has room for: of homes, and of
+            the masters of frozen chunks.
     """
     total, ranks = need.homes(), need.footprints.layout.world_size
-    parts = _parts(need.footprints.all())
+    on_device = need.working_set + (0 if need.host_holds else total - hosted)
+    parts, aside = _parts(need.footprints.all()), need.footprints.aside
     in_use = f"chunks and gradient buffers in use at one time, the most for {need.unit}"
+    frozen = f"masters of frozen parameters {format_bytes(aside)}"
     rows = [("", "needed", "available", "")]
     if need.host_holds:
-        on_device, lacking = need.working_set, 0 if host.capacity is None else hosted - host.capacity
+        kinds = f"{parts}, {frozen}" if aside else parts
         rest = f", of which {format_bytes(total - hosted)} can be on the device" if hosted < total else ""
         rows.append(("device memory", format_bytes(on_device), _bound(device.capacity), in_use))
-        rows.append(("host memory", format_bytes(hosted), _bound(host.capacity), parts + rest))
+        rows.append(("host memory", format_bytes(hosted), _bound(host.capacity), kinds + rest))
     else:
-        on_device = need.working_set + total
-        lacking = on_device - (device.capacity or 0)
         used = f"{parts}; {format_bytes(need.working_set)} for {in_use}"
         rows.append(("device memory", format_bytes(on_device), _bound(device.capacity), used))
+        if aside:
+            rows.append(("host memory", format_bytes(hosted), _bound(host.capacity), frozen))
     remedies = _device_remedies(on_device, need.host_holds) if _lacks(device, on_device) else []
+    lacking = 0
+    if _lacks(device, on_device) and not need.host_holds:
+        lacking = on_device - (device.capacity or 0)
+        remedies.append("placement='auto' or 'host', which keep in host memory what has no room")
+    if _lacks(host, hosted):
+        remedies.append(f"{format_bytes(hosted - (host.capacity or 0))} more host memory (host_memory=...)")
+        lacking = max(lacking, hosted - (host.capacity or 0))
     if lacking > 0:
         remedies += _remedies(need, total, total - lacking, ranks)
     return OutOfBudgetError(
@@ -69,13 +80,20 @@ def model_does_not_fit(need: Need, device: Tier, host: Tier, hosted: int) -> Out
     )
 
 
-def activations_do_not_fit(error: DoesNotFitError, traces: Sequence[Trace], store: Store) -> OutOfBudgetError:
-    """The error for a recorded step that takes more than there is, before its update."""
+def activations_do_not_fit(
+    error: DoesNotFitError, traces: Sequence[Trace], store: Store, aside: int
+) -> OutOfBudgetError:
+    """The error for a recorded step that takes more than there is, before its update.
+
+    Args:
+        aside: bytes of host memory that no plan is asked about, for the masters of frozen chunks.
+    """
     if error.trace is None or error.moment is None:
         return OutOfBudgetError(
-            f"{format_bytes(error.needed)} of host memory are needed on each rank for what the device has no room for, "
-            f"but {format_bytes(error.available)} may be used. The weights are unchanged. Use a larger host_memory or "
-            "device_memory, more ranks, or a smaller batch, which leaves more of the device to chunks."
+            f"{format_bytes(error.needed + aside)} of host memory are needed on each rank for what the device has no "
+            f"room for, but {format_bytes(error.available + aside)} may be used. The weights are unchanged. Use a "
+            "larger host_memory or device_memory, more ranks, or a smaller batch, which leaves more of the device to "
+            "chunks."
         )
     moment = traces[error.trace].moments[error.moment]
     chunks = sum(store.chunks[index].spec.nbytes for index in moment.pinned)
@@ -97,15 +115,52 @@ def activations_do_not_fit(error: DoesNotFitError, traces: Sequence[Trace], stor
     )
 
 
+def device_is_full(store: Store, in_use: int, movable: bool, nbytes: int, what: str) -> str:
+    """Why ``what`` cannot have ``nbytes`` of the device in the middle of a step, in words.
+
+    Args:
+        in_use: bytes of unsharded chunks that somebody needs now and that are not kept.
+        movable: whether homes move to host memory where there is no room.
+    """
+    device = store.device
+    homes = device.used - store.unsharded_bytes - device.work
+    rows = [
+        ("device memory", ""),
+        ("homes of chunks, with masters, states and gradients", format_bytes(homes)),
+        ("unsharded chunks in use", format_bytes(in_use)),
+        ("unsharded chunks that are idle or under way", format_bytes(store.unsharded_bytes - in_use)),
+        ("gradient buffers, and what an update makes for itself", format_bytes(device.work)),
+        ("asked for", format_bytes(nbytes)),
+        ("needed", format_bytes(device.used + nbytes)),
+        ("available", _bound(device.capacity)),
+    ]
+    remedies = [
+        f"a device_memory of {format_bytes(device.used + nbytes)} or more, where the device has it",
+        "more ranks",
+        "a smaller chunk_size, or smaller unit_modules",
+    ]
+    if homes and not movable:
+        remedies.insert(1, "placement='auto', which keeps in host memory what has no room")
+    return (
+        f"{what} needs {format_bytes(nbytes)} of device memory, for which there is no room:\n\n{_table(rows)}\n\n"
+        "What would make it fit:\n" + "\n".join(f"- {remedy}" for remedy in remedies)
+    )
+
+
+def device_cannot_shrink(needed: int, capacity: int) -> OutOfBudgetError:
+    """The error for a smaller device whose ``capacity`` is less than what stays on it between two steps."""
+    return OutOfBudgetError(
+        f"{format_bytes(needed)} of device memory are taken by chunks that no plan moves, so the device cannot have "
+        f"{format_bytes(capacity)} from now on; the old size stays. Give at least that much, or make a new engine with "
+        "the smaller size."
+    )
+
+
 def _remedies(need: Need, total: int, available: int, ranks: int) -> list[str]:
     found = []
-    if need.host_holds:
-        found.append(f"{format_bytes(total - available)} more host memory (host_memory=...)")
-    else:
-        found.append("placement='auto' or 'host', which keep in host memory what has no room")
     if available > 0 and total <= _MOST_RANKS * available:
         found.append(f"{math.ceil(ranks * total / available)} ranks instead of {ranks}, each with as much memory")
-    if need.footprints.policy.master is None and need.footprints.policy.compute is None:
+    if need.footprints.policy.master is None and need.footprints.in_fp32:
         found.append("precision='bf16-mixed' with split masters: 14 bytes for each parameter instead of 16 with AdamW")
     for what, footprints in _smaller(need.footprints):
         smaller = need.homes(footprints)
@@ -123,7 +178,9 @@ def _smaller(footprints: Footprints) -> list[tuple[str, Footprints]]:
             ("split masters (master_weights='split')", replace(footprints, policy=replace(policy, master="split")))
         )
     if policy.state == torch.float32 and footprints.halves_states:
-        found.append(("bf16 states (state_dtype='bf16')", footprints.with_bf16_states()))
+        found.append(
+            ("bf16 states (state_dtype='bf16')", replace(footprints, policy=replace(policy, state=torch.bfloat16)))
+        )
     if update.when == "at_step" and not update.skips:
         found.append(("update='in_backward'", replace(footprints, update=replace(update, when="in_backward"))))
     return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from enum import Enum
+from typing import Protocol
 
 from lightning_gemini.core.chunk import Chunk, ChunkState, Home
 from lightning_gemini.core.errors import GeminiError, StateError
@@ -46,6 +47,20 @@ _COURSES = {
 }
 
 
+class Relief(Protocol):
+    """Somebody who can make room on the device beside what a schedule frees."""
+
+    def give_up_home(self, in_use: Collection[int]) -> bool:
+        """Gives up a home on the device of a chunk that is not ``in_use``, the same on all ranks; whether there was
+        one."""
+
+    def move_home(self, in_use: Collection[int]) -> bool:
+        """The same on this rank alone: what is gathered when does not depend on where a shard is."""
+
+    def reclaim(self) -> None:
+        """Gives back the memory of gradient buffers that nobody uses."""
+
+
 class Schedule:
     """Unshards chunks as units need them or earlier, and frees those that are idle.
 
@@ -60,10 +75,7 @@ class Schedule:
         moving: whether chunks may be freed at all; if not, parameters are always resident.
         limit: bytes of unsharded chunks that may be freed, as all ranks have agreed; ``None`` for no bound.
         grown: whether a step has taken more memory than plans may use, so that it is to be recorded again.
-        make_room: called with the chunks in use where freeing is not enough, for a home on the device to be given up;
-            says whether there was one.
-        reclaim: gives back the memory of gradient buffers that nobody uses.
-        make_way: like ``make_room``, on this rank alone: what is gathered when does not depend on where a shard is.
+        relief: makes room where freeing is not enough; to be set before the first step.
     """
 
     def __init__(self, store: Store, kind: Callable[[], str]) -> None:
@@ -83,9 +95,7 @@ class Schedule:
         self.journal = Journal(store)
         self.limit: int | None = None
         self.grown = False
-        self.make_room: Callable[[Collection[int]], bool] = lambda _: False
-        self.reclaim: Callable[[], None] = lambda: None
-        self.make_way: Callable[[Collection[int]], bool] = lambda _: False
+        self.relief: Relief
         store.device.spare = self._spare if store.layout.world_size == 1 else self._spare_homes
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
 
@@ -93,6 +103,11 @@ class Schedule:
     def course(self) -> Course:
         """What the step under way goes by."""
         return self._course
+
+    @property
+    def in_use_bytes(self) -> int:
+        """Bytes of the unsharded chunks that somebody needs now and that may be freed afterwards."""
+        return sum(chunk.spec.nbytes for chunk in self._in_use.values() if chunk.home is not Home.FULL)
 
     def acquire(self, chunk: Chunk, reason: str) -> None:
         """Makes ``chunk`` resident for ``reason`` (a unit's name) and pins it until :meth:`release`.
@@ -323,19 +338,19 @@ class Schedule:
         return self.limit is not None and self._store.unsharded_bytes + nbytes > self.limit
 
     def _find_room(self, nbytes: int) -> None:
-        if self._lacks(nbytes):
-            self.reclaim()
+        if self._store.layout.world_size == 1 and self._lacks(nbytes):
+            self.relief.reclaim()  # on several ranks the limit is one of unsharded chunks
         while self._lacks(nbytes):
             if self._idle:
                 self._free_oldest()
             elif self._coming:
                 self._drop(next(iter(self._coming.values())))
-            elif not self._give_up_a_home():
+            elif not self.relief.give_up_home(self._in_use):
                 return  # the tier says what is wrong
 
     def _spare(self, nbytes: int) -> None:
         """On one rank: somebody else on the device needs room."""
-        self.reclaim()
+        self.relief.reclaim()
         if self._course is not Course.NONE:
             self._find_room(nbytes)
         while self._lacks(nbytes) and self._idle:
@@ -343,12 +358,10 @@ class Schedule:
 
     def _spare_homes(self, nbytes: int) -> None:
         """On several ranks: how much gradients take at one time is a matter of timing, and no other rank's."""
-        self.reclaim()
-        while self._course is not Course.NONE and not self._store.device.room(nbytes) and self.make_way(self._in_use):
-            pass
-
-    def _give_up_a_home(self) -> bool:
-        return self.make_room(self._in_use)
+        self.relief.reclaim()
+        while self._course is not Course.NONE and not self._store.device.room(nbytes):
+            if not self.relief.move_home(self._in_use):
+                return
 
     def _free_all_but(self, kept: Collection[int]) -> None:
         for chunk in (*self._idle.values(), *self._coming.values()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import Literal
@@ -20,8 +21,8 @@ from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.elementwise import require_elementwise
 from lightning_gemini.core.engine import Engine
 from lightning_gemini.core.errors import ConfigurationError, DisagreementError
-from lightning_gemini.core.first_homes import Placement, first_homes, fits_whole
-from lightning_gemini.core.footprint import Footprints, trained
+from lightning_gemini.core.first_homes import PlacementName, first_homes, fits_whole
+from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.layout import ALIGNMENT, Layout, ParamSpec, plan_layout
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.placement import PlacementPolicy
@@ -44,7 +45,7 @@ def shard(
     group: dist.ProcessGroup | None = None,
     reduce_group: dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
-    placement: Placement = "auto",
+    placement: PlacementName = "auto",
     device_memory: int | None = None,
     host_memory: int | None = None,
     chunk_size: int | Literal["auto"] = "auto",
@@ -103,9 +104,13 @@ def shard(
         Tier("host", torch.device("cpu"), min((h for _, h in limits if h is not None), default=None)),
     )
     dtypes = [param.dtype for param in params]
-    widths = StateWidths(optimizers, policy, tried)
-    layout, homes = _plan(specs, units, collectives.world_size, chunk_size, tiers, placement, home, widths, update)
-    masters = _masters(layout, dtypes, policy)
+    widths = StateWidths(optimizers, tried)
+    takes = partial(Footprints, policy=policy, update=update, widths=widths, dtypes=dtypes)
+    alignment = BLOCK if any(in_blocks(optimizer) for optimizer in optimizers) else ALIGNMENT
+    sizes = (collectives.world_size, chunk_size, alignment)
+    footprints, homes = _plan(specs, units, *sizes, tiers, placement, home, takes)
+    layout = footprints.layout
+    masters = {spec.index for spec in layout.chunks if footprints.has_master(spec)}
     _prepare_kernels(optimizers, {tier.device for tier in tiers if placement == "auto" or tier.name in _tiers(homes)})
     _require_agreement(layout, collectives)
     missing = {*unbuilt, *construct.leave_meta(model, device)}
@@ -127,7 +132,6 @@ def shard(
         narrow=placement == "host" or home is not None,
         depth=prefetch,
     )
-    footprints = Footprints(layout, policy, update, widths)
     return Engine(model, params, dtypes, store, optimizers, units, footprints, moves, check)
 
 
@@ -225,28 +229,27 @@ def _plan(
     units: Sequence[Unit],
     world_size: int,
     chunk_size: int | Literal["auto"],
+    alignment: int,
     tiers: tuple[Tier, Tier],
-    placement: Placement,
+    placement: PlacementName,
     home: Home | None,
-    widths: StateWidths,
-    update: UpdatePolicy,
-) -> tuple[Layout, list[Home]]:
-    """The layout, and where its chunks live at first; smaller chunks where they have to move."""
+    takes: Callable[[Layout], Footprints],
+) -> tuple[Footprints, list[Home]]:
+    """The layout with what ``takes`` says of it, and where its chunks live at first; smaller ones where they move."""
     device, host = tiers
-    alignment = BLOCK if any(in_blocks(optimizer) for optimizer in widths.optimizers) else ALIGNMENT
-    layout = plan_layout(specs, world_size, chunk_size, alignment)
-    if home is None and fits_whole(Footprints(layout, widths.policy, update, widths), device, placement):
-        return layout, [Home.FULL] * len(layout.chunks)
+    footprints = takes(plan_layout(specs, world_size, chunk_size, alignment))
+    if home is None and fits_whole(footprints, device, host, placement):
+        return footprints, [Home.FULL] * len(footprints.layout.chunks)
     if device.capacity is not None:
         limit = device.capacity // (_CHUNKS_AT_ONCE * max(spec.dtype.itemsize for spec in specs))
         if placement == "auto":
-            homes = sum(one.kept for one in Footprints(layout, widths.policy, update, widths).all())
-            elements = sum(chunk.numel for chunk in layout.chunks)
+            homes = sum(one.kept for one in footprints.all())
+            elements = sum(chunk.numel for chunk in footprints.layout.chunks)
             limit = min(limit, device.capacity * elements // (_HOMES_AT_LEAST * homes))
-        layout = plan_layout(specs, world_size, chunk_size, alignment, limit)
+        footprints = takes(plan_layout(specs, world_size, chunk_size, alignment, limit))
     if home is not None:
-        return layout, [home] * len(layout.chunks)
-    return layout, first_homes(Footprints(layout, widths.policy, update, widths), units, device, host, placement)
+        return footprints, [home] * len(footprints.layout.chunks)
+    return footprints, first_homes(footprints, units, device, host, placement)
 
 
 def _tiers(homes: Collection[Home]) -> set[str]:
@@ -274,16 +277,6 @@ def _keep_dtype(model: nn.Module) -> set[nn.Parameter]:
     """Parameters of batch norms: their buffers stay in fp32, and the kernels want one dtype for both."""
     norms = (m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase))
     return {param for norm in norms for param in norm.parameters(recurse=False)}
-
-
-def _masters(layout: Layout, dtypes: Sequence[torch.dtype], policy: DtypePolicy) -> set[int]:
-    """Chunks with a master: what an optimizer updates at low precision, and what would lose bits without one."""
-    return {
-        chunk.index
-        for chunk in layout.chunks
-        if policy.needs_master(chunk.kind.dtype)
-        and (trained(chunk) or any(dtypes[s.param].itemsize > chunk.kind.dtype.itemsize for s in chunk.slots))
-    }
 
 
 def _require_agreement(layout: Layout, collectives: Collectives) -> None:
