@@ -4,7 +4,7 @@ NOTE: reduce order.
 Every chunk that an optimizer updates is reduced once per backward on every rank, in one agreed order: a chunk that is
 complete waits for those before it, and what has not come when the outermost backward ends travels as zeros. The order
 is at first the layout's, a guess, and after the first backward the one in which rank 0 completed its chunks.
-On one rank there is nobody to agree with: each chunk is reduced when it is complete, and what comes late with it.
+On one rank there is nobody to agree with: chunks are reduced as they complete, and what comes late at once.
 
 NOTE: late gradients.
 A module shared by several reentrant checkpoints gets its gradient in parts. What comes after its chunk was reduced
@@ -130,7 +130,7 @@ class Gradients:
         """The outermost backward is over: reduces what is left, and waits for all of it."""
         self._late_scale = self.loss_scale
         several = self._collectives.world_size > 1
-        for gradient in self._order[self._next :]:  # on one rank all, of which those are left that lack a parameter's
+        for gradient in self._order[self._next :]:  # on one rank: of all, those that are incomplete
             if several and gradient.state is GradientState.EMPTY and _wants_gradient(gradient.chunk):
                 self._open(gradient)
             if gradient.state is GradientState.FILLING:
