@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_gemini.core.chunk import Chunk
 from lightning_gemini.core.errors import ConfigurationError
+from lightning_gemini.core.masters import Master
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.store import Store, flatten_like
 
@@ -43,10 +45,10 @@ class ShardAverage:
 
     @torch.no_grad()
     def update(self, weight: float) -> None:
-        """Moves the average towards the weights: ``average += weight * (weights - average)``."""
+        """Moves the average towards the weights: ``average += weight * (weights - average)``; after their update."""
         for index, average in self._averages.items():
-            truth = self._store.truth(self._store.chunks[index])
-            average.lerp_(truth if truth.dtype == average.dtype else truth.to(average.dtype), weight)
+            chunk, master = self._store.chunks[index], self._store.masters.get(index)
+            chunk.after_update(partial(_move_towards, average, chunk, master, weight))
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -86,7 +88,8 @@ class ShardAverage:
         """The whole average by parameter name, fp32 in host memory, on rank 0; all ranks have to call."""
         whole: dict[str, Tensor] = {}
         for index, average in self._averages.items():
-            flat, chunk = self._store.assemble(index, average), self._store.chunks[index]
+            chunk = self._settled(index)
+            flat = self._store.assemble(index, average)
             if self._store.collectives.rank == 0:
                 whole |= {name: chunk.view_in(flat, slot).clone().cpu() for slot, name in enumerate(chunk.names)}
         return whole
@@ -106,7 +109,7 @@ class ShardAverage:
                 "are in one of them only. Resume with the same model and optimizers, or without the callback's state."
             )
         for index, average in self._averages.items():
-            chunk = self._store.chunks[index]
+            chunk = self._settled(index)
             for slot, name in enumerate(chunk.names):
                 flat = flatten_like(whole[name], chunk.strides[slot], average.dtype)
                 self._store.copy_own(index, chunk.spec.slots[slot], flat, average)
@@ -137,9 +140,22 @@ class ShardAverage:
                 with torch.inference_mode(False):
                     held[chunk.index] = torch.empty_like(value, device=tier.device).copy_(value)
 
+    def _settled(self, index: int) -> Chunk:
+        """A chunk whose average is what it is to be."""
+        chunk = self._store.chunks[index]
+        _ = chunk.shard  # the average follows an update that may be under way
+        return chunk
+
     def _write(self, chunk: Chunk, values: Tensor) -> None:
         self._put(chunk, values)
         self._renew(chunk)
 
     def _put(self, chunk: Chunk, values: Tensor) -> None:
         self._store.put(chunk, 0, values)
+
+
+def _move_towards(average: Tensor, chunk: Chunk, master: Master | None, weight: float) -> None:
+    """May run in another thread; see :meth:`Chunk.after_update`."""
+    shard = chunk.unfinished_shard
+    truth = shard if master is None else master.values(shard)
+    average.lerp_(truth if truth.dtype == average.dtype else truth.to(average.dtype), weight)

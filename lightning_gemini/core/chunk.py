@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, IntEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,16 @@ _TRANSITIONS = {
 }
 
 
+class Deferred(Protocol):
+    """An update of a chunk's shard that is under way in another thread."""
+
+    def wait(self) -> None:
+        """Waits until it is over; the chunk's :attr:`Chunk.deferred` is ``None`` then."""
+
+    def then(self, job: Callable[[], None]) -> bool:
+        """Has ``job`` done by the same thread as soon as the update is over; not if it is over: then it says False."""
+
+
 class Chunk:
     """The storage of one :class:`ChunkSpec`, seen by its parameters.
 
@@ -50,7 +61,7 @@ class Chunk:
     Attributes:
         full: the flat unsharded buffer, ``spec.numel`` elements; without storage while FREE.
         own: this rank's slice of ``full``, a view.
-        shard: ``spec.numel // world_size`` elements that hold the truth; ``own`` itself if the home is FULL.
+        deferred: the update of the shard that is under way, if there is one.
         params: the parameters, in the order of ``spec.slots``; ``names``, ``shapes`` and ``strides`` likewise.
     """
 
@@ -83,12 +94,36 @@ class Chunk:
             self.tag = self.full.view(torch.uint8)[-4:].view(torch.int32)
             self._views = tuple(self.view_in(self.full, slot) for slot in range(len(specs)))
             self._placeholders = tuple(placeholder(info.shape, dtype, device) for info in specs)
-            self.shard = self.own if shard is None else shard
+            self._shard = self.own if shard is None else shard
+            self.deferred: Deferred | None = None
             if shard is None:
                 self._point_params_at(self._views)
             else:
                 self.full.untyped_storage().resize_(0)
                 self._point_params_at(self._placeholders)
+
+    @property
+    def shard(self) -> Tensor:
+        """``spec.numel // world_size`` elements that hold the truth; ``own`` itself if the home is FULL.
+
+        Waits for an update that is under way, and raises what it raised.
+        """
+        if self.deferred is not None:
+            self.deferred.wait()
+        return self._shard
+
+    def after_update(self, job: Callable[[], None]) -> None:
+        """Has ``job`` done now, or as soon as the update that is under way is over, by the thread that makes it.
+
+        It may use :attr:`unfinished_shard` and what lies beside it, and no other attribute.
+        """
+        if self.deferred is None or not self.deferred.then(job):
+            job()
+
+    @property
+    def unfinished_shard(self) -> Tensor:
+        """The shard, which an update may be writing to: not to be looked at before that is over."""
+        return self._shard
 
     @property
     def resident(self) -> bool:
@@ -107,7 +142,7 @@ class Chunk:
 
     def settle(self, home: Home, shard: Tensor) -> None:
         """Gives the chunk another home; ``shard`` holds its values there, and is :attr:`own` where that is FULL."""
-        self.home, self.shard = home, shard
+        self.home, self._shard = home, shard
 
     def free(self) -> None:
         """HELD or COMING -> FREE: the parameters become placeholders and the storage goes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -40,8 +41,7 @@ class ChunkGradient:
 
     Attributes:
         spans: for each slot the part of the shard that holds it, empty where another rank does.
-        shard: the reduced mean of this rank's part, summed over the backwards since the last step; ``None`` before the
-            first. In the compute dtype after one backward, in fp32 while accumulating. Still to be scaled.
+        landing: waits for a part of the shard that is on its way to host memory, and adds it; ``None`` without one.
         loss_scale: what the shard still has to be divided by.
         tried_scale: the largest loss scale that a part of it came with.
         clip: an fp32 scalar where the shard is, or ``None``.
@@ -53,7 +53,8 @@ class ChunkGradient:
     def __init__(self, chunk: Chunk, spans: list[range]) -> None:
         self.chunk = chunk
         self.spans = spans
-        self.shard: Tensor | None = None
+        self._shard: Tensor | None = None
+        self.landing: Callable[[], None] | None = None
         self.loss_scale = self.tried_scale = 1.0
         self.clip: Tensor | None = None
         self.limit: float | Tensor = math.inf
@@ -69,6 +70,27 @@ class ChunkGradient:
         ends = [0, *(slot.end for slot in chunk.spec.slots)]
         starts = [*(slot.offset for slot in chunk.spec.slots), chunk.spec.numel]
         self._gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+
+    @property
+    def shard(self) -> Tensor | None:
+        """The reduced mean of this rank's part, summed over the backwards since the last step; ``None`` before the
+        first. In the compute dtype after one backward, in fp32 while accumulating. Still to be scaled.
+
+        Waits for what is on its way to host memory.
+        """
+        if self.landing is not None:
+            self.landing()
+        return self._shard
+
+    @shard.setter
+    def shard(self, shard: Tensor | None) -> None:
+        self._shard = shard
+
+    def hand_over(self) -> Tensor:
+        """The shard, to somebody who gives it back to where it came from."""
+        shard, self.shard = self.shard, None
+        assert shard is not None
+        return shard
 
     def move(self, state: GradientState) -> None:
         if (self.state, state) not in _TRANSITIONS:

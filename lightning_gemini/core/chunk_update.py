@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -43,7 +44,8 @@ class ChunkUpdate:
         self._store = store
         self._policy = policy
         self.state_bytes = 0
-        self._origin = store.collectives.rank * self.chunk.shard.numel()
+        self._origin = store.collectives.rank * self.chunk.own.numel()
+        self._segmented: SegmentedShard | None = None
         self._ready: list[Segment] = []  # for a rule
         self._made: dict[Segment, tuple[Tensor, ...]] = {}
         self._transient_bytes = 0
@@ -56,10 +58,13 @@ class ChunkUpdate:
         """The chunk's master; found when it is first needed, which for a frozen chunk may be late or never."""
         return self._store.bring_master(self.chunk)
 
-    @cached_property
+    @property
     def shard(self) -> SegmentedShard:
-        """The shard, cut into segments."""
-        return SegmentedShard(self.gradient.spans, self.chunk.shard.device, self._bits)
+        """The shard, cut into segments; waits for an update that is under way."""
+        device = self.chunk.shard.device
+        if self._segmented is None:
+            self._segmented = SegmentedShard(self.gradient.spans, device, self._bits)
+        return self._segmented
 
     @property
     def _tier(self) -> Tier:
@@ -68,7 +73,7 @@ class ChunkUpdate:
     @property
     def is_new(self) -> bool:
         """Whether there has been neither an update nor any state of the optimizer."""
-        return "shard" not in self.__dict__
+        return self._segmented is None
 
     @property
     def active(self) -> bool:
@@ -118,11 +123,15 @@ class ChunkUpdate:
                     like = self.chunk.shard[segment.start : segment.stop]
                     self._made[segment] = rule.states(dict(segment.state), like, self._policy.state)
 
-    def apply(self, rule: Rule) -> None:
-        """Updates by ``rule``, in one pass; after :meth:`prepare`."""
+    def job(self, rule: Rule) -> Callable[[], None]:
+        """The update by ``rule`` in one pass, with the settings and the gradient of now; after :meth:`prepare`.
+
+        It may run later and in another thread, before anybody else looks at the shard, the master or the states.
+        """
         grad, factor = self.gradient.shard, self.gradient.factor
         assert grad is not None
         kernel = kernel_for(grad.device)
+        runs = []
         for segment in self._ready:
             start, stop = segment.start, segment.stop
             scalars = rule.scalars(self._group, segment.state)
@@ -137,7 +146,13 @@ class ChunkUpdate:
                 seed=self._seed(rule, segment),
                 first=self._origin + start,
             )
-            kernel.update(rule, scalars, operands)
+            runs.append((scalars, operands))
+
+        def run() -> None:
+            for scalars, operands in runs:
+                kernel.update(rule, scalars, operands)
+
+        return run
 
     def offer(self) -> list[nn.Parameter]:
         """What the optimizer object sees in the place of its parameters, with gradients and states in their places."""

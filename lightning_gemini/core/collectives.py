@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +20,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from lightning_gemini.core.errors import StateError
 from lightning_gemini.core.peers import Board
+from lightning_gemini.core.worker import Worker
 
 # torch 2.13 renamed the two and warns on the old names; 2.11 has the old names only.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -53,7 +52,7 @@ class Collectives:
         self._exchange = group is not None and dist.get_backend(group) == "gloo"
         self._board = None if group is None else _new_board(group)
         self._parted = False
-        self._waiter = _Waiter() if self._exchange else None
+        self._waiter = Worker("gemini-wait") if self._exchange else None
 
     def shard_of(self, full: Tensor) -> Tensor:
         """This rank's slice of a flat buffer, a view."""
@@ -225,7 +224,7 @@ class _Works:
         works: Sequence[dist.Work],
         then: Callable[[], None] | None = None,
         explains: Callable[[], AbstractContextManager[None]] = nullcontext,
-        waiter: _Waiter | None = None,
+        waiter: Worker | None = None,
     ) -> None:
         self._works = works
         self._then = then
@@ -255,41 +254,6 @@ class _Works:
 
 
 _DONE = _Works(())
-
-
-_Job = tuple[Callable[[], None], "Future[None]"]
-
-
-class _Waiter:
-    """Does one thing after the other in a thread that does not keep the process alive."""
-
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._thread: Thread | None = None
-
-    def submit(self, job: Callable[[], None]) -> Future[None]:
-        if self._thread is None:
-            self._thread = Thread(target=_work_off, args=(self._jobs,), name="gemini-wait", daemon=True)
-            self._thread.start()
-        future: Future[None] = Future()
-        self._jobs.put((job, future))
-        return future
-
-    def close(self) -> None:
-        """Ends the thread when it has done what was submitted."""
-        self._jobs.put(None)
-
-
-def _work_off(jobs: SimpleQueue[_Job | None]) -> None:
-    while (entry := jobs.get()) is not None:
-        job, future = entry
-        try:
-            job()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-        del entry, job, future  # they hold buffers
 
 
 _boards: Counter[str] = Counter()

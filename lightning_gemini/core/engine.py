@@ -16,10 +16,13 @@ from lightning_gemini.core.average import ShardAverage
 from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient
+from lightning_gemini.core.cores import HostThreads
+from lightning_gemini.core.counters import Counters
 from lightning_gemini.core.errors import ConfigurationError, StateError
 from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.guard import Guard, require_same_parameters
+from lightning_gemini.core.host_updates import HostUpdates
 from lightning_gemini.core.layout import Layout
 from lightning_gemini.core.norms import Norms
 from lightning_gemini.core.optimizers import Optimizers
@@ -27,7 +30,7 @@ from lightning_gemini.core.placement import Placement, PlacementPolicy
 from lightning_gemini.core.report import memory_report
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.step import Step
-from lightning_gemini.core.store import Counters, Store
+from lightning_gemini.core.store import Store
 from lightning_gemini.core.summon import Summoner
 from lightning_gemini.core.timeline import Timeline
 from lightning_gemini.core.units import Unit
@@ -61,6 +64,7 @@ class Engine:
         units: Sequence[Unit],
         footprints: Footprints,
         placement: PlacementPolicy,
+        threads: HostThreads,
         check: bool = False,
     ) -> None:
         self.model = model
@@ -74,6 +78,7 @@ class Engine:
         self._schedule = Schedule(store, lambda: self._step.kind)
         self._gradients = Gradients(store, policy)
         self._placement = Placement(store, self._schedule, self._gradients, footprints, placement, bool(optimizers))
+        self._host_updates = HostUpdates(threads, self._update.overlap, store.slabs.put)
         self._ballot = Ballot(store, self._gradients)
         self._norms = Norms(store, self._ballot)
         self._summoner = Summoner(store, params, dtypes)
@@ -85,18 +90,10 @@ class Engine:
         self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: not self._is_live())
         parts = (self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, self._schedule)
         self._verdict = Verdict(store, *parts, self._update)
+        chunks = (store, self._schedule, self._gradients, self._host_updates)
+        notice, dropped, updated = self._step.notice_failure, self._step.stand_ins.forget, self._guard.updated
         self.optimizers = Optimizers(
-            optimizers,
-            store,
-            self._schedule,
-            self._gradients,
-            policy,
-            self._index_of,
-            self._step.notice_failure,
-            self._may_update,
-            self._guard.updated,
-            self._step.stand_ins.forget,
-            self._after_update,
+            optimizers, *chunks, policy, self._index_of, notice, self._may_update, updated, dropped, self._after_update
         )
         if self._update.when == "in_backward":
             self._gradients.consume = self._consume
@@ -315,6 +312,7 @@ class Engine:
         """
         if self._phase is Phase.RELEASED:
             return True
+        self._host_updates.close()
         torn = self._torn or self.optimizers.stepping
         self.abort()
         self.optimizers.remove()
@@ -398,3 +396,4 @@ class Engine:
     def _require_live(self, action: str) -> None:
         if self._phase is not Phase.LIVE:
             raise StateError(f"cannot {action} while the engine is {self._phase.value}")
+        self._host_updates.check()

@@ -35,5 +35,9 @@ class HiddenReadError(GeminiError, RuntimeError):
     """A parameter was read in a way that no hook sees, while its values were not there."""
 
 
+class UpdateError(GeminiError, RuntimeError):
+    """An update in the background failed: some chunks have the new weights and others the old ones."""
+
+
 class NonFiniteError(GeminiError, ArithmeticError):
     """A value that must be finite is NaN or infinite; weights and states are as they were before the step."""

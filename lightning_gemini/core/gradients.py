@@ -141,7 +141,7 @@ class Gradients:
         self._next = 0
         for gradient in self._order:
             gradient.end_backward()
-        self._landings.wait()
+        self._landings.collect()
         self._transient.clear(self._spared)
         self.loss_scale = 1.0  # the next loss says its own
 

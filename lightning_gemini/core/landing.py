@@ -48,7 +48,7 @@ class Landings:
 
     def start(self, gradient: ChunkGradient, part: Tensor, square_sum: Tensor | None) -> None:
         """Starts to copy ``part``, which is on the device; takes in what has arrived meanwhile."""
-        if any(landing.gradient is gradient for landing in self._under_way):
+        if gradient.landing is not None:
             self.wait()
         what = f"the gradient shard of chunk {gradient.chunk.index}"
         landing = self._store.slabs.get(part.numel(), part.dtype, what)
@@ -56,7 +56,12 @@ class Landings:
         with lane.after_compute():
             landing.copy_(part, non_blocking=True)
         self._under_way.append(_Landing(gradient, landing, part, square_sum, lane.mark()))
+        gradient.landing = self.wait
         self._store.counters.offloaded_bytes += part.nbytes
+        self.collect()
+
+    def collect(self) -> None:
+        """Takes in what has arrived; waits for nothing."""
         while self._under_way and self._under_way[0].mark.over():
             self._land()
 
@@ -68,5 +73,6 @@ class Landings:
     def _land(self) -> None:
         landing = self._under_way.popleft()
         landing.mark.wait()
+        landing.gradient.landing = None
         self._origin.put(landing.sent)
         self._take_in(landing.gradient, landing.part, landing.square_sum)

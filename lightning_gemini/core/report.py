@@ -27,9 +27,7 @@ def memory_report(store: Store, known: Sequence[Known], updates: Iterable[ChunkU
     lines = []
     for home, text in where.items():
         if alike := [chunk for chunk in store.chunks if chunk.home is home]:
-            lines.append(
-                f"{len(alike)} chunks {text}, {format_bytes(sum(c.shard.nbytes for c in alike))} of parameters"
-            )
+            lines.append(f"{len(alike)} chunks {text}, {format_bytes(sum(c.own.nbytes for c in alike))} of parameters")
     lines += [_tier_line(tier) for tier in (store.device, store.host) if tier.peak]
     if (line := _update_line(store, [u for u in updates if not u.is_new], waiting)) is not None:
         lines.append(line)
@@ -71,15 +69,15 @@ def _step_line(known: Known) -> str | None:
 def _update_line(store: Store, updates: Sequence[ChunkUpdate], waiting: bool) -> str | None:
     """What each element takes that has been updated so far."""
     chunks = [update.chunk for update in updates]
-    numel = sum(chunk.shard.numel() for chunk in chunks)
+    numel = sum(chunk.own.numel() for chunk in chunks)
     if not numel:
         return None
     masters = [store.masters[chunk.index].part.nbytes for chunk in chunks if chunk.index in store.masters]
     parts = {
-        "parameter": sum(chunk.shard.nbytes for chunk in chunks) / numel,
+        "parameter": sum(chunk.own.nbytes for chunk in chunks) / numel,
         "master": sum(masters) / numel,
         "optimizer state": sum(update.state_bytes for update in updates) / numel,
-        "gradient that waits for the step": sum(chunk.shard.nbytes for chunk in chunks) / numel if waiting else 0,
+        "gradient that waits for the step": sum(chunk.own.nbytes for chunk in chunks) / numel if waiting else 0,
     }
     listed = ", ".join(f"{value:.3g} {name}" for name, value in parts.items() if value)
     return f"{sum(parts.values()):.3g} bytes per trained parameter: {listed}"

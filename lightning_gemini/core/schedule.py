@@ -153,7 +153,7 @@ class Schedule:
             self._free_oldest()
 
     def renew(self, chunk: Chunk, refill: bool = True) -> None:
-        """The shard of ``chunk`` has changed: brings the new values if it is kept or in use, frees it if it is idle.
+        """The shard of ``chunk`` changes: brings the new values if it is kept or in use, frees it if it is idle.
 
         Args:
             refill: whether who uses it now is to see the new values; if not, the chunk expires: it is freed after its
@@ -162,12 +162,20 @@ class Schedule:
         if chunk.home is Home.FULL:
             self._store.refresh(chunk).wait()
             return
+        self._store.arrivals.updated(chunk)
         if not refill:
             self._expired.add(chunk.index)
         if chunk.index in self._idle or chunk.index in self._coming:
             self._drop(chunk)
         elif chunk.resident and refill:
             self._store.refill(chunk, "its new values after a step")
+
+    def need_of(self, chunk: Chunk) -> int:
+        """When the next step needs ``chunk``, as a number to sort by; the layout's order where that is not known."""
+        known = self.playbook.expect()
+        if known is None or chunk.index not in known.trace.uses:
+            return chunk.index + (len(known.trace.moments) if known is not None else 0)
+        return known.trace.uses[chunk.index][0][0]
 
     def backward_over(self) -> None:
         """What has expired may be used again, with its new values."""
@@ -223,8 +231,8 @@ class Schedule:
         self._expired.clear()
         for chunk in list(self._coming.values()):
             try:
-                self._store.finish(chunk)
-            except GeminiError:  # the others have parted: it is freed already
+                self._store.abandon(chunk)
+            except GeminiError:  # the others have parted: it is freed all the same
                 continue
         for chunk in self._store.chunks:
             while chunk.pins:
@@ -240,6 +248,7 @@ class Schedule:
         """A moment begins with ``chunk``: finds out what to go by, and frees what has to go."""
         if self._course is Course.NONE:
             self._begin()
+        self._store.arrivals.proceed()
         self._begun.append(chunk.index)
         if self._course is not Course.FOLLOWING:
             return
@@ -326,7 +335,7 @@ class Schedule:
         alone = self._store.layout.world_size == 1
         if chunk.state is not ChunkState.FREE or (alone and self._lacks(chunk.spec.nbytes)):
             return
-        self._store.start(chunk, reason)
+        self._store.start(chunk, reason, ahead=True)
         self._coming[chunk.index] = chunk
 
     def _lacks(self, nbytes: int) -> bool:
@@ -374,7 +383,6 @@ class Schedule:
     def _drop(self, chunk: Chunk) -> None:
         """Frees a chunk that nobody uses; one that is coming arrives first."""
         if self._coming.pop(chunk.index, None) is not None:
-            self._store.finish(chunk)
-        elif self._idle.pop(chunk.index, None) is None:
-            return
-        self._store.reshard(chunk)
+            self._store.abandon(chunk)
+        elif self._idle.pop(chunk.index, None) is not None:
+            self._store.reshard(chunk)

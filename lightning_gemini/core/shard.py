@@ -17,6 +17,7 @@ from lightning_gemini.core import construct
 from lightning_gemini.core.blocks import BLOCK, in_blocks, require_contiguous
 from lightning_gemini.core.chunk import Home
 from lightning_gemini.core.collectives import Collectives
+from lightning_gemini.core.cores import claim, share
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.elementwise import require_elementwise
 from lightning_gemini.core.engine import Engine
@@ -132,7 +133,8 @@ def shard(
         narrow=placement == "host" or home is not None,
         depth=prefetch,
     )
-    return Engine(model, params, dtypes, store, optimizers, units, footprints, moves, check)
+    threads = share(collectives.rank, collectives.gather_objects(claim(device)))
+    return Engine(model, params, dtypes, store, optimizers, units, footprints, moves, threads, check)
 
 
 def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy: DtypePolicy) -> list[float]:

@@ -4,51 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_gemini.core.agree import TagBook, chunk_tag
+from lightning_gemini.core.arrivals import Arrivals
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.collectives import Collectives, Pending
+from lightning_gemini.core.counters import Counters
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.footprint import trained
 from lightning_gemini.core.layout import ChunkSpec, Layout, Slot, tag_numel
 from lightning_gemini.core.masters import Master
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.slabs import Slabs
-from lightning_gemini.core.streams import Mark, Stopwatch, lanes
+from lightning_gemini.core.streams import Stopwatch, lanes
 from lightning_gemini.optim.masters import round_to_compute
-
-
-@dataclass
-class Counters:
-    """What has been moved since the engine was made; exact, so that tests can assert it."""
-
-    unshards: int = 0  #: chunks made resident
-    prefetched: int = 0  #: of these, begun before somebody needed them
-    reshards: int = 0  #: chunks freed
-    gathered_bytes: int = 0  #: bytes that arrived from other ranks in unshards and refreshes
-    fetched_bytes: int = 0  #: bytes copied from the host tier to the device for unshards
-    offloaded_bytes: int = 0  #: bytes of gradients copied from the device to the host tier
-    rehomed_bytes: int = 0  #: bytes copied from one tier to the other because a chunk has got another home
-    reduces: int = 0  #: reduce-scatters of a chunk's gradients
-    reduced_bytes: int = 0  #: bytes that this rank sent for them
-    updates: int = 0  #: chunks that an optimizer step has changed
-    followed: int = 0  #: steps, of all kinds, that went by their plan from beginning to end
-    strayed: int = 0  #: steps that began by a plan and went otherwise
-    skipped: int = 0  #: steps that were not taken because of gradients that are not finite
-
-
-@dataclass(frozen=True)
-class _Coming:
-    """A chunk that is being filled."""
-
-    reason: str
-    pending: Pending
-    mark: Mark
 
 
 class Beside(Protocol):
@@ -72,6 +45,7 @@ class Store:
         policy: the dtypes; it says which chunks want a master when an optimizer first updates them.
 
     Attributes:
+        arrivals: the chunks that are being filled.
         slabs: host memory of what is copied between the tiers.
         waits: how long units have waited for their chunks.
         unsharded_bytes: of the chunks that are unsharded now and may be freed.
@@ -101,11 +75,8 @@ class Store:
         self.unsharded_bytes = 0
         self.extra_bytes: Counter[int] = Counter()
         self.beside: list[Beside] = []
-        self._coming: dict[int, _Coming] = {}
         self.tags = TagBook(layout, device.device)
-        sizes = [chunk.nbytes for chunk in layout.chunks]
-        self._common_nbytes = max(set(sizes), key=lambda nbytes: (sizes.count(nbytes), nbytes))
-        self._longest_slice = max(sizes) // layout.world_size
+        self.arrivals = Arrivals(layout, collectives, self.fetching, self.tags, self.counters)
         self.chunks: list[Chunk] = []
         self.masters: dict[int, Master] = {}
         self._aside: set[int] = set()  # masters that no step needs now, in host memory wherever their chunks live
@@ -137,8 +108,12 @@ class Store:
                 tier = host if spec.index in self._aside else self.tier_of(chunk)
                 self.masters[spec.index] = self._new_master(chunk, tier)
 
-    def start(self, chunk: Chunk, reason: str) -> None:
+    def start(self, chunk: Chunk, reason: str, ahead: bool = False) -> None:
         """FREE -> COMING: allocates, and begins to fill this rank's slice and to gather the others'.
+
+        Args:
+            reason: who needs the chunk, for people.
+            ahead: whether nobody needs it yet, so that nothing is to be waited for.
 
         Raises:
             OutOfBudgetError: it does not fit the device tier.
@@ -147,7 +122,7 @@ class Store:
         self._allocate(chunk, f"chunk {chunk.index} for {reason}")
         self.counters.unshards += 1
         try:
-            self._coming[chunk.index] = self._bring(chunk, reason)
+            self.arrivals.begin(chunk, reason, ahead)
         except BaseException:
             self.reshard(chunk)
             raise
@@ -157,9 +132,10 @@ class Store:
 
         Raises:
             DisagreementError: see :meth:`start`.
+            UpdateError: the chunk has no proper values.
         """
         try:
-            self._arrive(chunk, self._coming.pop(chunk.index))
+            self.arrivals.finish(chunk)
         except BaseException:
             self.reshard(chunk)
             raise
@@ -171,32 +147,24 @@ class Store:
         Raises:
             DisagreementError: see :meth:`start`.
         """
-        self._arrive(chunk, self._bring(chunk, reason))
+        self.arrivals.refill(chunk, reason)
 
-    def _bring(self, chunk: Chunk, reason: str) -> _Coming:
-        with self.fetching.after_compute():
-            if self.layout.world_size > 1:
-                chunk.tag.zero_()  # whatever was here before must not pass for what did not come
-                if chunk.spec.nbytes != self._common_nbytes:
-                    mark = chunk_tag(self.layout, chunk.index)
-                    for found in self.collectives.exchange_marks(mark, self._longest_slice):
-                        self.tags.compare(chunk.index, found, reason)
-            chunk.own.copy_(chunk.shard, non_blocking=True)
-            if chunk.home is Home.HOST:
-                self.counters.fetched_bytes += chunk.shard.nbytes
-            return _Coming(reason, self._gather(chunk), self.fetching.mark())
+    def abandon(self, chunk: Chunk) -> None:
+        """COMING -> FREE, when what is under way is over; nothing is begun for it.
+
+        Raises:
+            DisagreementError, UpdateError: see :meth:`finish`; the chunk is free all the same.
+        """
+        try:
+            self.arrivals.abandon(chunk)
+        finally:
+            self.reshard(chunk)
 
     def _allocate(self, chunk: Chunk, what: str) -> None:
         """FREE -> COMING, and counted."""
         self.device.take(chunk.spec.nbytes, what)
         self.unsharded_bytes += chunk.spec.nbytes
         chunk.allocate()
-
-    def _arrive(self, chunk: Chunk, coming: _Coming) -> None:
-        coming.pending.wait()
-        coming.mark.join()
-        if self.layout.world_size > 1:
-            self.tags.note(chunk.index, chunk.tag, coming.reason)
 
     def reshard(self, chunk: Chunk) -> None:
         """HELD or COMING -> FREE; nothing is copied, the shard holds the same values."""
@@ -207,7 +175,7 @@ class Store:
 
     def refresh(self, chunk: Chunk) -> Pending:
         """Starts to bring the other ranks' updated shards into a chunk that is never freed."""
-        return self._gather(chunk)
+        return self.arrivals.gather(chunk)
 
     def write(self, param: int, value: Tensor) -> None:
         """Stores a whole parameter; every rank has the same ``value`` and keeps what it owns of it.
@@ -274,6 +242,7 @@ class Store:
         """
         if chunk.home is home:
             return
+        _ = chunk.shard  # with what is kept beside it, it may be in the hands of an update
         self.fetching.mark().wait()  # a copy of a chunk that was dropped may still read what is given back here
         before, tier = chunk.home, self.host if home is Home.HOST else self.device
         master = None if chunk.index in self._aside else self.masters.get(chunk.index)
@@ -379,10 +348,6 @@ class Store:
         self.chunks.clear()
         self.masters.clear()
         self.collectives.close()
-
-    def _gather(self, chunk: Chunk) -> Pending:
-        self.counters.gathered_bytes += chunk.spec.nbytes - chunk.own.nbytes
-        return self.collectives.gather(chunk.full)
 
 
 def flatten_like(value: Tensor, stride: Sequence[int], dtype: torch.dtype) -> Tensor:

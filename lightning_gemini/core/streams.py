@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -70,19 +70,23 @@ class Lane:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def after_compute(self) -> AbstractContextManager[None]:
+    def after_compute(self) -> AbstractContextManager[Any]:
         """Work issued inside runs on this lane, after what the compute stream has been given so far.
 
         Nothing may be allocated inside: the memory would belong to the lane, not to the compute stream. Copies want
         ``non_blocking=True`` and pinned memory; others keep the host until they are over.
         """
-        return _NOTHING if self._stream is None else self._on(self._stream)
+        self.follow()
+        return self.work()
 
-    @contextmanager
-    def _on(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            yield
+    def follow(self) -> None:
+        """What is issued on this lane from now on runs after what the compute stream has been given so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def work(self) -> AbstractContextManager[Any]:
+        """Work issued inside runs on this lane, by any thread, after :meth:`follow`; see :meth:`after_compute`."""
+        return _NOTHING if self._stream is None else torch.cuda.stream(self._stream)
 
     def mark(self) -> Mark:
         """The mark of what has been issued on this lane so far.

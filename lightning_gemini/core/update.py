@@ -27,9 +27,11 @@ from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.collectives import Pending
 from lightning_gemini.core.errors import StateError
 from lightning_gemini.core.gradients import Gradients
+from lightning_gemini.core.host_updates import HostUpdates
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.trial import unhooked_step
+from lightning_gemini.optim.rule import Rule
 
 
 class OptimizerOnChunks:
@@ -52,6 +54,7 @@ class OptimizerOnChunks:
         store: Store,
         schedule: Schedule,
         gradients: Gradients,
+        host_updates: HostUpdates,
         notice: Callable[[], None],
         may_update: Callable[[list[ChunkGradient]], bool],
         updated: Callable[[Chunk, list[bool]], None],
@@ -63,6 +66,7 @@ class OptimizerOnChunks:
         self._store = store
         self._schedule = schedule
         self._gradients = gradients
+        self._host_updates = host_updates
         self._notice = notice
         self._may_update = may_update
         self._updated = updated
@@ -89,7 +93,7 @@ class OptimizerOnChunks:
     @property
     def stepping(self) -> bool:
         """Whether a step is under way, or ended in an exception: some chunks may have been updated and others not."""
-        return self._stepping
+        return self._stepping or self._host_updates.failed
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of this optimizer's parameters.
@@ -218,15 +222,28 @@ class OptimizerOnChunks:
         others = [update for update in updates if update not in rules]
         self._last = others[-1] if others and not in_backward else None
         self._stepping = bool(updates)
+        started = self._start_on_host(rules)
         for update in updates:
             if update is self._last:
                 continue
-            if update in rules:
-                update.apply(rules[update])
+            if update in started:
+                pass
+            elif update in rules:
+                update.job(rules[update])()
             else:
                 self._run(update, args, kwargs)
             self._finish(update, in_backward)
         self._offer(self._last)
+
+    def _start_on_host(self, rules: Mapping[ChunkUpdate, Rule]) -> set[ChunkUpdate]:
+        """Starts the updates that run in the background, in the order in which the next step needs their chunks."""
+        updates = {update for update in rules if self._host_updates.takes(update.chunk)}
+        if updates:
+            self._store.fetching.mark().wait()  # a copy of a chunk that was dropped may still read its shard
+        for update in sorted(updates, key=lambda update: self._schedule.need_of(update.chunk)):
+            job = update.job(rules[update])
+            self._host_updates.start(update.chunk, job, update.gradient.hand_over())
+        return updates
 
     def _run(self, update: ChunkUpdate, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Calls the optimizer for one chunk, and puts its groups' settings back."""

@@ -22,6 +22,7 @@ class UpdatePolicy:
             before the first update: clipping, skipping and accumulating.
         nonfinite: what a step does whose gradients are not finite, on all ranks: it raises or is skipped.
         loss_scale: for fp16; steps that overflow are skipped, and the scale adapts.
+        overlap: whether chunks whose home is host memory are updated in the background; the bits are the same.
 
     Raises:
         ConfigurationError: these do not go together.
@@ -30,6 +31,7 @@ class UpdatePolicy:
     when: UpdateTime = "at_step"
     nonfinite: NonFinite = "raise"
     loss_scale: LossScale | None = None
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         if self.when not in ("at_step", "in_backward"):

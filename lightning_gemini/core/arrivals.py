@@ -1,0 +1,183 @@
+"""How unsharded chunks are filled: with this rank's shard, and with what the other ranks have.
+
+NOTE: after an update.
+What is brought ahead of its need may still be updated in the background. Then this rank's slice is copied by the thread
+that updates, as soon as that is over, and nobody waits. The other ranks' slices are gathered in one order on all ranks,
+which must not depend on how far an update is on one of them: the gather of a chunk that has been updated since it was
+last gathered begins with the next moment, when whatever came before has something to compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_gemini.core.agree import TagBook, chunk_tag
+from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.collectives import Collectives, Pending
+from lightning_gemini.core.counters import Counters
+from lightning_gemini.core.layout import Layout
+from lightning_gemini.core.streams import Lane, Mark
+
+
+@dataclass(eq=False)
+class _Arrival:
+    """A chunk that is being filled; ``mark`` follows this rank's slice, and ``gather`` is there once it has begun."""
+
+    chunk: Chunk
+    reason: str
+    mark: Mark | None = None
+    gather: Pending | None = None
+
+
+class Arrivals:
+    """Chunks that are being filled.
+
+    Args:
+        layout: all chunks.
+        lane: of the copies.
+        tags: compares what has been gathered with what was wanted.
+        counters: of the bytes.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        collectives: Collectives,
+        lane: Lane,
+        tags: TagBook,
+        counters: Counters,
+    ) -> None:
+        self._layout = layout
+        self._collectives = collectives
+        self._lane = lane
+        self._tags = tags
+        self._counters = counters
+        sizes = [chunk.nbytes for chunk in layout.chunks]
+        self._common_nbytes = max(set(sizes), key=lambda nbytes: (sizes.count(nbytes), nbytes))
+        self._longest_slice = max(sizes) // layout.world_size
+        self._updated: set[int] = set()  # since they were last gathered, the same on all ranks
+        self._under_way: dict[int, _Arrival] = {}
+        self._before_gather: dict[int, _Arrival] = {}
+
+    def updated(self, chunk: Chunk) -> None:
+        """The shard of ``chunk`` is being updated, or has been, on all ranks."""
+        self._updated.add(chunk.index)
+
+    def begin(self, chunk: Chunk, reason: str, ahead: bool) -> None:
+        """Begins to fill ``chunk``, which ``reason`` needs, now or ``ahead`` of that.
+
+        Raises:
+            DisagreementError: another rank gathers another chunk.
+        """
+        if ahead and chunk.index in self._updated:
+            self._begin_after_update(chunk, reason)
+        else:
+            self._under_way[chunk.index] = self._bring(chunk, reason)
+
+    def proceed(self) -> None:
+        """A moment begins: what was begun ahead of its need is gathered, too.
+
+        Raises:
+            DisagreementError: another rank gathers another chunk.
+        """
+        while self._before_gather and self._layout.world_size > 1:
+            self._join(next(iter(self._before_gather.values())))
+
+    def finish(self, chunk: Chunk) -> None:
+        """What computes next waits until ``chunk`` is filled.
+
+        Raises:
+            DisagreementError: another rank gathers another chunk.
+            UpdateError: the chunk has no proper values.
+        """
+        if chunk.index in self._before_gather:
+            self._join(self._before_gather[chunk.index])
+        self._arrive(self._under_way.pop(chunk.index))
+
+    def abandon(self, chunk: Chunk) -> None:
+        """Nobody needs ``chunk`` any more: waits for what is under way, and begins nothing.
+
+        Raises:
+            DisagreementError: another rank gathers another chunk.
+            UpdateError: the chunk has no proper values.
+        """
+        arrival = self._before_gather.pop(chunk.index, None)
+        if arrival is None:
+            self._arrive(self._under_way.pop(chunk.index))
+        else:
+            self._settle(arrival)
+
+    def refill(self, chunk: Chunk, reason: str) -> None:
+        """Brings new values into a chunk that is filled."""
+        self._arrive(self._bring(chunk, reason))
+
+    def gather(self, chunk: Chunk) -> Pending:
+        """Starts to bring the other ranks' slices into a chunk that holds this rank's own."""
+        self._updated.discard(chunk.index)
+        self._counters.gathered_bytes += chunk.spec.nbytes - chunk.own.nbytes
+        return self._collectives.gather(chunk.full)
+
+    def _bring(self, chunk: Chunk, reason: str) -> _Arrival:
+        shard = chunk.shard
+        with self._lane.after_compute():
+            self._clear_tag(chunk)
+            self._announce(chunk, reason)
+            chunk.own.copy_(shard, non_blocking=True)
+            self._count(chunk)
+            gather = self.gather(chunk)
+            return _Arrival(chunk, reason, self._lane.mark(), gather)
+
+    def _begin_after_update(self, chunk: Chunk, reason: str) -> None:
+        arrival = self._before_gather[chunk.index] = _Arrival(chunk, reason)
+
+        def copy() -> None:
+            with torch.no_grad(), self._lane.work():
+                chunk.own.copy_(chunk.unfinished_shard, non_blocking=True)
+            arrival.mark = self._lane.mark()
+
+        with self._lane.after_compute():
+            self._clear_tag(chunk)
+        self._count(chunk)
+        chunk.after_update(copy)
+
+    def _join(self, arrival: _Arrival) -> None:
+        """Begins the gather, after this rank's own update."""
+        chunk = arrival.chunk
+        self._settle(arrival)
+        del self._before_gather[chunk.index]
+        with self._lane.after_compute():
+            self._announce(chunk, arrival.reason)
+            arrival.gather = self.gather(chunk)
+            arrival.mark = self._lane.mark()
+        self._under_way[chunk.index] = arrival
+
+    def _settle(self, arrival: _Arrival) -> None:
+        """Waits until this rank's own slice is on its way."""
+        _ = arrival.chunk.shard  # waits for its update, and for the copy after it
+        assert arrival.mark is not None
+        arrival.mark.join()
+
+    def _arrive(self, arrival: _Arrival) -> None:
+        assert arrival.gather is not None
+        assert arrival.mark is not None
+        arrival.gather.wait()
+        arrival.mark.join()
+        if self._layout.world_size > 1:
+            self._tags.note(arrival.chunk.index, arrival.chunk.tag, arrival.reason)
+
+    def _clear_tag(self, chunk: Chunk) -> None:
+        """Whatever was in the chunk's memory before must not pass for what did not come."""
+        if self._layout.world_size > 1:
+            chunk.tag.zero_()
+
+    def _announce(self, chunk: Chunk, reason: str) -> None:
+        if self._layout.world_size > 1 and chunk.spec.nbytes != self._common_nbytes:
+            mark = chunk_tag(self._layout, chunk.index)
+            for found in self._collectives.exchange_marks(mark, self._longest_slice):
+                self._tags.compare(chunk.index, found, reason)
+
+    def _count(self, chunk: Chunk) -> None:
+        if chunk.home is Home.HOST:
+            self._counters.fetched_bytes += chunk.own.nbytes

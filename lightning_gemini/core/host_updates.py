@@ -1,0 +1,175 @@
+"""Updates of chunks whose home is host memory, made beside the thread that trains.
+
+NOTE: nothing stale, nothing torn.
+A chunk is updated in the background with the settings and the gradient of the call of ``step()`` that asked for it.
+From then on its shard, its master and its states belong to the worker: whoever asks the chunk for its shard waits until
+that is over (:attr:`Chunk.shard`), so the next forward waits for its own chunks alone, and any other reader likewise.
+The arithmetic is that of an update at once, on the same operands, so the bits are the same.
+
+The overlap follows DeepSpeed's ZeRO-Offload and SuperOffload, but for their delayed or speculative updates: here the
+factor of clipping is known before the first chunk is updated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from lightning_gemini.core.chunk import Chunk, Home
+from lightning_gemini.core.cores import HostThreads
+from lightning_gemini.core.errors import UpdateError
+from lightning_gemini.core.worker import Worker
+from lightning_gemini.optim.kernel import kernel_for
+
+
+class _HostUpdate:
+    """One update under way.
+
+    Attributes:
+        future: of :meth:`run`, once the worker has it.
+        began, ended: when the chunk itself was updated, in seconds of ``time.perf_counter``.
+    """
+
+    future: Future[None]
+
+    def __init__(
+        self, chunk: Chunk, job: Callable[[], None], gradient: Tensor, finish: Callable[[_HostUpdate], None]
+    ) -> None:
+        self.chunk = chunk
+        self.gradient = gradient
+        self._finish = finish
+        self._jobs = deque([job])
+        self._lock = Lock()
+        self._over = False
+        self.began = self.ended = 0.0
+
+    def run(self) -> None:
+        """In the worker."""
+        self.began = time.perf_counter()
+        try:
+            with torch.no_grad():
+                self._jobs.popleft()()
+                self.ended = time.perf_counter()
+                while (job := self._next()) is not None:
+                    job()
+        finally:
+            with self._lock:
+                self._over = True
+
+    def then(self, job: Callable[[], None]) -> bool:
+        with self._lock:
+            if not self._over:
+                self._jobs.append(job)
+            return not self._over
+
+    def wait(self) -> None:
+        self._finish(self)
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            self._over = not self._jobs
+            return None if self._over else self._jobs.popleft()
+
+
+class HostUpdates:
+    """The updates under way, in the order in which they were started.
+
+    Args:
+        threads: of an update.
+        overlap: whether there are any; if not, everything is updated at once.
+        give_back: takes the gradient of a chunk that has been updated.
+
+    Attributes:
+        busy_seconds: how long the worker has been updating.
+        waited_seconds: how long others have waited for it.
+        count: chunks updated in the background.
+    """
+
+    def __init__(self, threads: HostThreads, overlap: bool, give_back: Callable[[Tensor], None]) -> None:
+        self.threads = threads
+        self._overlap = overlap
+        self._give_back = give_back
+        self._worker = Worker("gemini-update", threads.apply)
+        self._under_way: deque[_HostUpdate] = deque()
+        self._failure: UpdateError | None = None
+        self.busy_seconds = self.waited_seconds = 0.0
+        self.count = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether an update has failed, so that some of the weights are those of another step."""
+        return self._failure is not None
+
+    @property
+    def hidden_share(self) -> float:
+        """How much of the work nobody has waited for, from 0 to 1."""
+        return max(0.0, 1 - self.waited_seconds / self.busy_seconds) if self.busy_seconds else 0.0
+
+    def takes(self, chunk: Chunk) -> bool:
+        """Whether an update of ``chunk`` by a rule is made in the background."""
+        # torch.compile has no promise for two threads at a time
+        return self._overlap and chunk.home is Home.HOST and kernel_for(torch.device("cpu")).name != "compiled"
+
+    def start(self, chunk: Chunk, job: Callable[[], None], gradient: Tensor) -> None:
+        """Has ``job`` update ``chunk``; ``gradient`` is given back when that is over."""
+        if self.count == 0:
+            default = torch.get_num_threads()
+            self._worker.submit(_nothing).result()
+            torch.set_num_threads(default)  # the worker's own number is not for threads that others start later
+        self.count += 1
+        update = _HostUpdate(chunk, job, gradient, self._finish)
+        update.future = self._worker.submit(update.run)
+        self._under_way.append(update)
+        chunk.deferred = update
+
+    def check(self) -> None:
+        """Takes notice of what is over, without waiting.
+
+        Raises:
+            UpdateError: an update has failed, now or before.
+        """
+        while self._under_way and self._under_way[0].future.done():
+            self._collect(self._under_way[0])
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Waits for all, failed or not, and ends the thread."""
+        while self._under_way:
+            self._collect(self._under_way[0])
+        self._worker.close(wait=True)
+
+    def _finish(self, update: _HostUpdate) -> None:
+        self._collect(update)
+        self.check()
+
+    def _collect(self, update: _HostUpdate) -> None:
+        """Waits for one and takes it off the chunk."""
+        if not update.future.done():
+            began = time.perf_counter()
+            try:
+                update.future.exception()
+            finally:
+                self.waited_seconds += time.perf_counter() - began
+        update.chunk.deferred = None
+        self._under_way.remove(update)
+        self._give_back(update.gradient)
+        self.busy_seconds += update.ended - update.began
+        error = update.future.exception()
+        if error is not None and self._failure is None:
+            self._failure = UpdateError(
+                f"the update of chunk {update.chunk.index}, with {update.chunk.names[0]} in it, failed in the "
+                f"background: {type(error).__name__}: {error}. Other chunks have been updated, so the weights are not "
+                "those of any step. Go on from the last checkpoint."
+            )
+            self._failure.__cause__ = error
+
+
+def _nothing() -> None:
+    return
