@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
@@ -59,6 +60,8 @@ class GeminiStrategy(RankStrategy):
         update: When weights are updated: "at_step", or "in_backward", each chunk as soon as its gradients are reduced,
             so that no gradient waits: 2 bytes per parameter less. That rules out clipping, accumulating and skipping
             steps, which need all gradients before the first update.
+        overlap: Update what lives in host memory in the background, while the next forward runs; each part of the model
+            waits for its own weights alone, and the numbers are the same. False makes every step() wait for the update.
         check: Watch every step, not only the first of each kind, for reads of parameters that no hook sees (a loop over
             self.parameters(), a weight in a list), serve them and name them in engine.hidden_reads.
         process_group_backend: Backend of torch.distributed; by default nccl for CUDA and gloo for the CPU.
@@ -87,6 +90,7 @@ class GeminiStrategy(RankStrategy):
         chunk_size: int | Literal["auto"] = "auto",
         unit_modules: list[str] | None = None,
         update: Literal["at_step", "in_backward"] = "at_step",
+        overlap: bool = True,
         check: bool = False,
         process_group_backend: str | None = None,
         timeout_seconds: float = 1800.0,
@@ -119,7 +123,10 @@ class GeminiStrategy(RankStrategy):
         self._chunk_size = chunk_size
         self._unit_modules = unit_modules or ()
         UpdatePolicy(update)  # raises if there is no such time
+        if not isinstance(overlap, bool):
+            raise ConfigurationError(f"overlap must be True or False, got {overlap!r}.")
         self._update = update
+        self._overlap = overlap
         self._check = check
         self._engine: Engine | None = None
         self._unbuilt: set[nn.Parameter] = set()
@@ -229,7 +236,7 @@ class GeminiStrategy(RankStrategy):
             prefetch=self._prefetch,
             unit_modules=self._unit_modules,
             policy=self.precision_plugin.policy,
-            update=self.precision_plugin.update_policy(self._update),
+            update=replace(self.precision_plugin.update_policy(self._update), overlap=self._overlap),
             unbuilt=unbuilt,
             exact=self._exact,
             check=self._check,

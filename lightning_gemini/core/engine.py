@@ -282,7 +282,8 @@ class Engine:
     def memory_report(self) -> str:
         """This rank's chunks and bytes per tier, now and at the peak, what a step moves, and what has been moved."""
         updates = (update for chunks in self.optimizers for update in chunks.updates)
-        return memory_report(self.store, self._schedule.playbook.known, updates, self._gradients.consume is None)
+        known, waiting = self._schedule.playbook.known, self._gradients.consume is None
+        return memory_report(self.store, known, updates, self._host_updates, waiting)
 
     def timeline(self) -> Timeline:
         """One step that went by its plan, as data to be drawn; without moments if there was none."""
