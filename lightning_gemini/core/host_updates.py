@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.cores import HostThreads
 from lightning_gemini.core.errors import UpdateError
+from lightning_gemini.core.streams import Mark
 from lightning_gemini.core.worker import Worker
 from lightning_gemini.optim.kernel import kernel_for
 
@@ -39,10 +40,16 @@ class _HostUpdate:
     future: Future[None]
 
     def __init__(
-        self, chunk: Chunk, job: Callable[[], None], gradient: Tensor, finish: Callable[[_HostUpdate], None]
+        self,
+        chunk: Chunk,
+        job: Callable[[], None],
+        gradient: Tensor,
+        after: Mark,
+        finish: Callable[[_HostUpdate], None],
     ) -> None:
         self.chunk = chunk
         self.gradient = gradient
+        self._after = after
         self._finish = finish
         self._jobs = deque([job])
         self._lock = Lock()
@@ -51,9 +58,10 @@ class _HostUpdate:
 
     def run(self) -> None:
         """In the worker."""
-        self.began = time.perf_counter()
         try:
             with torch.no_grad():
+                self._after.wait()
+                self.began = self.ended = time.perf_counter()
                 self._jobs.popleft()()
                 self.ended = time.perf_counter()
                 while (job := self._next()) is not None:
@@ -116,14 +124,14 @@ class HostUpdates:
         # torch.compile has no promise for two threads at a time
         return self._overlap and chunk.home is Home.HOST and kernel_for(torch.device("cpu")).name != "compiled"
 
-    def start(self, chunk: Chunk, job: Callable[[], None], gradient: Tensor) -> None:
-        """Has ``job`` update ``chunk``; ``gradient`` is given back when that is over."""
+    def start(self, chunk: Chunk, job: Callable[[], None], gradient: Tensor, after: Mark) -> None:
+        """Has ``job`` update ``chunk``, not before ``after``; ``gradient`` is given back when that is over."""
         if self.count == 0:
             default = torch.get_num_threads()
             self._worker.submit(_nothing).result()
             torch.set_num_threads(default)  # the worker's own number is not for threads that others start later
         self.count += 1
-        update = _HostUpdate(chunk, job, gradient, self._finish)
+        update = _HostUpdate(chunk, job, gradient, after, self._finish)
         update.future = self._worker.submit(update.run)
         self._under_way.append(update)
         chunk.deferred = update

@@ -238,11 +238,10 @@ class OptimizerOnChunks:
     def _start_on_host(self, rules: Mapping[ChunkUpdate, Rule]) -> set[ChunkUpdate]:
         """Starts the updates that run in the background, in the order in which the next step needs their chunks."""
         updates = {update for update in rules if self._host_updates.takes(update.chunk)}
-        if updates:
-            self._store.fetching.mark().wait()  # a copy of a chunk that was dropped may still read its shard
+        copied = self._store.fetching.mark()  # a copy of a chunk that was dropped may still read its shard
         for update in sorted(updates, key=lambda update: self._schedule.need_of(update.chunk)):
             job = update.job(rules[update])
-            self._host_updates.start(update.chunk, job, update.gradient.hand_over())
+            self._host_updates.start(update.chunk, job, update.gradient.hand_over(), copied)
         return updates
 
     def _run(self, update: ChunkUpdate, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
