@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_gemini.core import Engine
+from lightning_gemini.core import Engine, Home, shard
 from tests import cases
-from tests.placing import Scenario
+from tests.placing import SPLIT, Scenario, in_groups, language_model, lm_step
 
 
 def mlp() -> nn.Module:
@@ -217,3 +217,26 @@ def trains_any(model: nn.Module, optimizers: list[Optimizer], engine: Engine | N
         for optimizer in optimizers:
             optimizer.step()
     return []
+
+
+@pytest.mark.parametrize(("device", "host"), [(60, 50), (75, 35)])
+def test_host_memory_that_homes_have_left_is_there_for_others(device: int, host: int) -> None:
+    """The shards of all chunks lie in one slab at first; when some have gone to the device, states need their room."""
+    model = language_model(layers=4, hidden=64)
+    need = 14 * sum(param.numel() for param in model.parameters())
+    optimizers = in_groups(model)
+    engine = shard(
+        model,
+        optimizers,
+        placement="auto",
+        device_memory=need * device // 100,
+        host_memory=need * host // 100,
+        policy=SPLIT,
+    )
+    for seed in range(3):
+        lm_step(model, optimizers, seed)
+        optimizers[0].zero_grad()
+    homes = {chunk.home for chunk in engine.store.chunks}
+    assert Home.HOST in homes
+    assert len(homes) > 1
+    engine.release()

@@ -196,6 +196,15 @@ class Placement:
                     with suppress(OutOfBudgetError):  # what is in use now may be in the way: it stays on the host
                         self._rehome(chunk, near)
             self._store.slabs.trim()
+            self._give_back_waste()
+
+    def _give_back_waste(self) -> None:
+        """Slabs lose their unused slots where what lives on the host will need them otherwise."""
+        host = self._store.host.capacity
+        sizes = zip(self._sizes(), self._agreed, strict=True)
+        needed = sum(size.hosted for size, near in sizes if not near) + self._footprints.aside
+        if host is not None and needed + self._store.slabs.free_bytes > host:
+            self._store.compact()
 
     def _rehome(self, chunk: Chunk, home: Home) -> None:
         kept = chunk.home is Home.FULL

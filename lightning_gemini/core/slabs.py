@@ -73,6 +73,11 @@ class Slabs:
         return sum(slab.memory.nbytes for slab in self._slabs)
 
     @property
+    def free_bytes(self) -> int:
+        """Bytes of the slots that are not in use."""
+        return sum(slot.nbytes for slots in self._free.values() for slot in slots)
+
+    @property
     def pinned_bytes(self) -> int:
         """Bytes of all slots that are pinned."""
         return sum(slab.memory.nbytes for slab in self._slabs if slab.unpin is not None)

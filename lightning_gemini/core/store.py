@@ -269,6 +269,24 @@ class Store:
         if Home.FULL in (before, home):  # it may be freed from now on, or no more
             self.unsharded_bytes += chunk.spec.nbytes * (1 if before is Home.FULL else -1)
 
+    def compact(self) -> None:
+        """Gives back the host memory that shards have left, by moving those that lie in one slab with it.
+
+        Nothing happens where there is no room for them a second time, for as long as that takes.
+        """
+        chunks = [chunk for chunk in self.chunks if chunk.home is Home.HOST]
+        self.slabs.trim()
+        if not self.slabs.free_bytes or not self.host.room(sum(chunk.own.nbytes for chunk in chunks)):
+            return
+        self.fetching.mark().wait()  # a copy may still read what is given back here
+        old = [chunk.shard for chunk in chunks]
+        self.slabs.reserve([shard.nbytes for shard in old], "the shards of parameters")
+        for chunk in chunks:
+            chunk.settle(Home.HOST, self._new_shard(chunk.spec, Home.HOST).copy_(chunk.shard))
+        for shard in old:
+            self.slabs.put(shard)
+        self.slabs.trim()
+
     def _new_shard(self, spec: ChunkSpec, home: Home) -> Tensor:
         """Memory for the shard of a chunk at ``home``, which is not FULL; zeros."""
         numel, dtype = spec.numel // self.layout.world_size, spec.kind.dtype
