@@ -24,11 +24,13 @@ SUFFIXES = (".png", ".pdf", ".svg")
 # The palette of Okabe and Ito ("Color Universal Design", 2008), which people with any colour vision tell apart; black
 # and greys beside it.
 _BLUE, _SKY, _ORANGE, _VERMILLION, _PURPLE = "#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#cc79a7"
+_GREEN = "#009e73"
 _LIGHT, _GREY, _DARK, _SHADE = "#e6e6e6", "#a6a6a6", "#333333", "#f2f2f2"
 
 _PLACES = {
     Place.HOST: ("in host memory", _LIGHT),
     Place.DEVICE: ("home on the device", _BLUE),
+    Place.UPDATING: ("in host memory, being updated", _GREEN),
     Place.COMING: ("coming", _ORANGE),
     Place.RESIDENT: ("unsharded, idle", _SKY),
     Place.IN_USE: ("unsharded, in use", _VERMILLION),
@@ -125,7 +127,15 @@ def _title(timeline: Timeline) -> str:
         f"{timeline.kind}: rank {timeline.rank} of {timeline.world_size}, {chunks}\n"
         f"{format_bytes(fetched)} fetched from the host, {format_bytes(offloaded)} offloaded; "
         f"{_seconds(timeline.seconds)}, {f'of which {_seconds(waited)}' if waited else 'none of it'} waiting for chunks"
+        f"{_hidden(timeline)}"
     )
+
+
+def _hidden(timeline: Timeline) -> str:
+    share = timeline.update_hidden_share
+    if share is None:
+        return ""
+    return f"; {_seconds(timeline.update_seconds)} of updates in host memory, {share:.0%} hidden"
 
 
 def _memory(ax: Axes, timeline: Timeline) -> None:

@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from matplotlib.patches import StepPatch
 
 from lightning_gemini.core.errors import ConfigurationError
-from lightning_gemini.core.timeline import Timeline, TimelineChunk
+from lightning_gemini.core.timeline import Place, Timeline, TimelineChunk
 from lightning_gemini.picture import draw, figure
 from tests.timelines import MIB, small, sweep
 
@@ -123,9 +123,10 @@ def test_the_map_has_a_row_for_each_chunk_and_a_column_for_each_moment() -> None
 def test_colours_of_the_map_are_those_of_its_legend() -> None:
     ax = figure(small()).axes[1]
     handles = ax.get_legend().get_patches()
+    present = [place.value for place in Place if place is not Place.UPDATING]
     expected = ["in host memory", "home on the device", "coming", "unsharded, idle", "unsharded, in use"]
     assert legend(ax) == expected
-    for value, handle in enumerate(handles):
+    for value, handle in zip(present, handles, strict=True):
         assert tuple(ax.images[0].to_rgba(np.array([[value]]))[0, 0]) == pytest.approx(handle.get_facecolor())
 
 
@@ -149,7 +150,7 @@ def test_chunks_are_named_without_what_all_have_in_common() -> None:
 def test_names_are_shortened_in_the_middle(names: list[str], labels: list[str]) -> None:
     chunks = tuple(TimelineChunk(index, MIB, False, name, True) for index, name in enumerate(names))
     timeline = small()
-    moment = replace(timeline.moments[0], chunk=0, resident=(), pinned=(), coming=())
+    moment = replace(timeline.moments[0], chunk=0, resident=(), pinned=(), coming=(), updating=())
     ax = figure(replace(timeline, chunks=chunks, moments=(moment,))).axes[1]
     assert [label.get_text() for label in ax.get_yticklabels()] == [f"{name}  {i}" for i, name in enumerate(labels)]
 
@@ -165,9 +166,9 @@ def test_of_more_cells_than_dots_none_that_is_used_is_lost() -> None:
     shown = colours(figure(timeline).axes[1])
     assert shown.shape == (800, 1200)
     # on the diagonal: each chunk is in use at some moment, and each moment has one in use
-    assert (shown.max(axis=0) == 4).all()
-    assert (shown.max(axis=1) == 4).all()
-    assert Counter(shown[:, 0].tolist())[4] == 1
+    assert (shown.max(axis=0) == Place.IN_USE.value).all()
+    assert (shown.max(axis=1) == Place.IN_USE.value).all()
+    assert Counter(shown[:, 0].tolist())[Place.IN_USE.value] == 1
 
 
 # Copies and waits
@@ -215,7 +216,8 @@ def title(result: Figure) -> list[str]:
 def test_the_title_says_what_and_how_much() -> None:
     assert title(figure(small())) == [
         "training step: rank 0 of 2, 4 chunks",
-        "10.00 MiB fetched from the host, 5.00 MiB offloaded; 500.0 ms, of which 2.0 ms waiting for chunks",
+        "10.00 MiB fetched from the host, 5.00 MiB offloaded; 500.0 ms, of which 2.0 ms waiting for chunks; "
+        "200.0 ms of updates in host memory, 75% hidden",
     ]
     one = replace(sweep(1, 1), seconds=2.5)
     one = replace(one, moments=(replace(one.moments[0], waited=0.0),))

@@ -21,13 +21,15 @@ def test_file_names() -> None:
 
 def test_where_chunks_are() -> None:
     timeline = small()
-    host, device, coming, resident, in_use = Place
+    host, device, updating, coming, resident, in_use = Place
     assert [timeline.places(m) for m in range(4)] == [
         [in_use, coming, host, resident],
         [resident, in_use, coming, resident],
         [resident, in_use, in_use, resident],
         [host, device, in_use, in_use],
     ]
+    first = replace(timeline.moments[2], updating=(0,), resident=(1, 2), pinned=(1, 2), coming=(0,))
+    assert replace(timeline, moments=(first,)).places(0) == [updating, in_use, in_use, resident]
     assert all(timeline.place(c, m) is timeline.places(m)[c] for c in range(4) for m in range(4))
 
 
@@ -37,6 +39,12 @@ def test_what_device_memory_is_used_for() -> None:
     assert timeline.device_bytes(1).total == 40 * MIB
     # a kept chunk is among the homes, in use or not
     assert timeline.device_bytes(3) == DeviceBytes(9 * MIB, in_use=10 * MIB, idle=0, coming=0, other=6 * MIB)
+
+
+def test_how_much_of_the_update_is_hidden() -> None:
+    assert small().update_hidden_share == 0.75
+    assert replace(small(), update_waited=0.3).update_hidden_share == 0
+    assert replace(small(), update_seconds=0.0).update_hidden_share is None
 
 
 def test_the_parts_never_exceed_what_was_counted() -> None:

@@ -22,18 +22,21 @@ def small() -> Timeline:
         moment("model.layers.2", 2, homes, (0, 1, 2), (1, 2), (), other=2 * MIB),
         moment("model.head", 3, homes, (2,), (3, 2), (), backward=True, other=6 * MIB, offloaded=5 * MIB),
     )
-    return Timeline("training step", 0, 2, 50 * MIB, chunks, moments, 0.5, "4 chunks\nand the rest")
+    return Timeline("training step", 0, 2, 50 * MIB, chunks, moments, 0.5, "4 chunks\nand the rest", 0.2, 0.05)
 
 
 def moment(
     reason: str, chunk: int, homes: int, resident: tuple[int, ...], pinned: tuple[int, ...], coming: tuple[int, ...],
     backward: bool = False, waited: float = 0.0, other: int = MIB, fetched: int = 0, offloaded: int = 0,
+    updating: tuple[int, ...] = (),
 ) -> TimelineMoment:  # fmt: skip
     """A moment in which each unsharded chunk, those that are coming included, takes 10 MiB."""
     unsharded = 10 * MIB * len({*resident, *coming})
     return TimelineMoment(
-        reason, backward, chunk, 0.1, waited, resident, pinned, coming, homes, unsharded, other, fetched, offloaded
-    )
+        reason=reason, backward=backward, chunk=chunk, seconds=0.1, waited=waited, resident=resident, pinned=pinned,
+        coming=coming, updating=updating, homes=homes, unsharded=unsharded, other=other, fetched=fetched,
+        offloaded=offloaded,
+    )  # fmt: skip
 
 
 def sweep(chunks: int, moments: int) -> Timeline:
@@ -44,4 +47,4 @@ def sweep(chunks: int, moments: int) -> Timeline:
         now = index * chunks // moments
         coming = (now + 1,) if now + 1 < chunks else ()
         steps.append(moment(f"layers.{now}", now, 0, (now,), (now,), coming, waited=1e-3, fetched=index))
-    return Timeline("training step", 0, 1, None, found, tuple(steps), 1.0, "report")
+    return Timeline("training step", 0, 1, None, found, tuple(steps), 1.0, "report", 0.0, 0.0)

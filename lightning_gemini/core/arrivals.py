@@ -4,7 +4,7 @@ NOTE: after an update.
 What is brought ahead of its need may still be updated in the background. Then this rank's slice is copied by the thread
 that updates, as soon as that is over, and nobody waits. The other ranks' slices are gathered in one order on all ranks,
 which must not depend on how far an update is on one of them: the gather of a chunk that has been updated since it was
-last gathered begins with the next moment, when whatever came before has something to compute.
+last gathered begins with a later moment, a few gathers ahead of what is needed then.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class _Arrival:
     reason: str
     mark: Mark | None = None
     gather: Pending | None = None
+
+
+#: Gathers under way before more of those begin that may have to wait for an update.
+_GATHERS_AHEAD = 2
 
 
 class Arrivals:
@@ -76,13 +80,19 @@ class Arrivals:
         else:
             self._under_way[chunk.index] = self._bring(chunk, reason)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether :meth:`proceed` has something to do."""
+        several = self._layout.world_size > 1
+        return several and bool(self._before_gather) and len(self._under_way) < _GATHERS_AHEAD
+
     def proceed(self) -> None:
-        """A moment begins: what was begun ahead of its need is gathered, too.
+        """A moment begins: gathers what was begun ahead of its need, in that order, as far as it is needed soon.
 
         Raises:
             DisagreementError: another rank gathers another chunk.
         """
-        while self._before_gather and self._layout.world_size > 1:
+        while self.waiting:
             self._join(next(iter(self._before_gather.values())))
 
     def finish(self, chunk: Chunk) -> None:

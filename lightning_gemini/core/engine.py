@@ -16,13 +16,11 @@ from lightning_gemini.core.average import ShardAverage
 from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient
-from lightning_gemini.core.cores import HostThreads
 from lightning_gemini.core.counters import Counters
 from lightning_gemini.core.errors import ConfigurationError, StateError
 from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.guard import Guard, require_same_parameters
-from lightning_gemini.core.host_updates import HostUpdates
 from lightning_gemini.core.layout import Layout
 from lightning_gemini.core.norms import Norms
 from lightning_gemini.core.optimizers import Optimizers
@@ -64,7 +62,6 @@ class Engine:
         units: Sequence[Unit],
         footprints: Footprints,
         placement: PlacementPolicy,
-        threads: HostThreads,
         check: bool = False,
     ) -> None:
         self.model = model
@@ -78,7 +75,6 @@ class Engine:
         self._schedule = Schedule(store, lambda: self._step.kind)
         self._gradients = Gradients(store, policy)
         self._placement = Placement(store, self._schedule, self._gradients, footprints, placement, bool(optimizers))
-        self._host_updates = HostUpdates(threads, self._update.overlap, store.slabs.put)
         self._ballot = Ballot(store, self._gradients)
         self._norms = Norms(store, self._ballot)
         self._summoner = Summoner(store, params, dtypes)
@@ -90,7 +86,7 @@ class Engine:
         self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: not self._is_live())
         parts = (self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, self._schedule)
         self._verdict = Verdict(store, *parts, self._update)
-        chunks = (store, self._schedule, self._gradients, self._host_updates)
+        chunks = (store, self._schedule, self._gradients)
         notice, dropped, updated = self._step.notice_failure, self._step.stand_ins.forget, self._guard.updated
         self.optimizers = Optimizers(
             optimizers, *chunks, policy, self._index_of, notice, self._may_update, updated, dropped, self._after_update
@@ -283,7 +279,7 @@ class Engine:
         """This rank's chunks and bytes per tier, now and at the peak, what a step moves, and what has been moved."""
         updates = (update for chunks in self.optimizers for update in chunks.updates)
         known, waiting = self._schedule.playbook.known, self._gradients.consume is None
-        return memory_report(self.store, known, updates, self._host_updates, waiting)
+        return memory_report(self.store, known, updates, waiting)
 
     def timeline(self) -> Timeline:
         """One step that went by its plan, as data to be drawn; without moments if there was none."""
@@ -313,7 +309,7 @@ class Engine:
         """
         if self._phase is Phase.RELEASED:
             return True
-        self._host_updates.close()
+        self.store.host_updates.close()
         torn = self._torn or self.optimizers.stepping
         self.abort()
         self.optimizers.remove()
@@ -356,7 +352,7 @@ class Engine:
         self._guard.check()
 
     def _may_update(self, gradients: list[ChunkGradient]) -> bool:
-        self._require_live("take a step")
+        self._require_phase("take a step")  # what has failed in the background is for all ranks to hear of
         self._step.uses.check_idle()
         if self._schedule.moving:
             self._step.end(updates=True)
@@ -371,6 +367,7 @@ class Engine:
 
     def _inspect(self) -> None:
         """Raises GeminiError if this rank cannot take a step."""
+        self.store.host_updates.check()
         self._step.stand_ins.take()
         self._guard.check()
         self.store.tags.settle()
@@ -395,6 +392,9 @@ class Engine:
             )
 
     def _require_live(self, action: str) -> None:
+        self._require_phase(action)
+        self.store.host_updates.check()
+
+    def _require_phase(self, action: str) -> None:
         if self._phase is not Phase.LIVE:
             raise StateError(f"cannot {action} while the engine is {self._phase.value}")
-        self._host_updates.check()

@@ -89,8 +89,7 @@ class HostUpdates:
     """The updates under way, in the order in which they were started.
 
     Args:
-        threads: of an update.
-        overlap: whether there are any; if not, everything is updated at once.
+        threads: of an update; ``None`` if nothing is to be updated in the background.
         give_back: takes the gradient of a chunk that has been updated.
 
     Attributes:
@@ -99,11 +98,10 @@ class HostUpdates:
         count: chunks updated in the background.
     """
 
-    def __init__(self, threads: HostThreads, overlap: bool, give_back: Callable[[Tensor], None]) -> None:
+    def __init__(self, threads: HostThreads | None, give_back: Callable[[Tensor], None]) -> None:
         self.threads = threads
-        self._overlap = overlap
         self._give_back = give_back
-        self._worker = Worker("gemini-update", threads.apply)
+        self._worker = Worker("gemini-update", threads.apply if threads is not None else _nothing)
         self._under_way: deque[_HostUpdate] = deque()
         self._failure: UpdateError | None = None
         self.busy_seconds = self.waited_seconds = 0.0
@@ -122,7 +120,8 @@ class HostUpdates:
     def takes(self, chunk: Chunk) -> bool:
         """Whether an update of ``chunk`` by a rule is made in the background."""
         # torch.compile has no promise for two threads at a time
-        return self._overlap and chunk.home is Home.HOST and kernel_for(torch.device("cpu")).name != "compiled"
+        in_background = self.threads is not None and kernel_for(torch.device("cpu")).name != "compiled"
+        return in_background and chunk.home is Home.HOST
 
     def start(self, chunk: Chunk, job: Callable[[], None], gradient: Tensor, after: Mark) -> None:
         """Has ``job`` update ``chunk``, not before ``after``; ``gradient`` is given back when that is over."""
@@ -136,14 +135,23 @@ class HostUpdates:
         self._under_way.append(update)
         chunk.deferred = update
 
+    @property
+    def under_way(self) -> tuple[int, ...]:
+        """The indices of the chunks whose update is not over, in the order of their turns."""
+        return tuple(update.chunk.index for update in self._under_way if not update.future.done())
+
+    def collect(self) -> None:
+        """Takes notice of what is over, without waiting."""
+        while self._under_way and self._under_way[0].future.done():
+            self._collect(self._under_way[0])
+
     def check(self) -> None:
         """Takes notice of what is over, without waiting.
 
         Raises:
             UpdateError: an update has failed, now or before.
         """
-        while self._under_way and self._under_way[0].future.done():
-            self._collect(self._under_way[0])
+        self.collect()
         if self._failure is not None:
             raise self._failure
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,17 @@ from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.footprint import trained
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.timeline import Timeline, TimelineChunk, TimelineMoment
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A step that has been written down; see :class:`Timeline`."""
+
+    kind: str
+    moments: list[TimelineMoment]
+    seconds: float
+    update_seconds: float
+    update_waited: float
 
 
 class Journal:
@@ -26,9 +37,10 @@ class Journal:
         self._asked = False
         self._writing: str | None = None  # the kind of step
         self._moments: list[TimelineMoment] = []
-        self._done: tuple[str, list[TimelineMoment], float] | None = None
+        self._done: _Done | None = None
         self._began = self._waited = 0.0
         self._fetched = self._offloaded = 0
+        self._updated = self._waited_for_updates = 0.0
 
     @property
     def writing(self) -> bool:
@@ -42,7 +54,7 @@ class Journal:
     def begin(self, kind: str, gradients: bool) -> None:
         """A followed step begins; one without gradients does not take the place of one with."""
         self.cancel()
-        if self._asked and (gradients or self._done is None or not any(m.backward for m in self._done[1])):
+        if self._asked and (gradients or self._done is None or not any(m.backward for m in self._done.moments)):
             self._writing = kind
             self._began = time.perf_counter()
             self._waited = self._store.waits.seconds()
@@ -64,6 +76,7 @@ class Journal:
                 resident=tuple(sorted((*in_use, *idle))),
                 pinned=tuple(sorted(in_use)),
                 coming=tuple(sorted(coming)),
+                updating=tuple(sorted(store.host_updates.under_way)),
                 homes=device.used - device.work - store.unsharded_bytes,
                 unsharded=store.unsharded_bytes,
                 other=0,  # known at the moment's end, as are the copies
@@ -76,7 +89,15 @@ class Journal:
     def end(self, gradients: bool) -> None:
         """The step is over, and went as it was known."""
         self._close()
-        self._done = str(self._writing), self._moments, time.perf_counter() - self._began
+        updates = self._store.host_updates
+        updates.collect()
+        self._done = _Done(
+            str(self._writing),
+            self._moments,
+            time.perf_counter() - self._began,
+            updates.busy_seconds - self._updated,
+            updates.waited_seconds - self._waited_for_updates,
+        )
         self._asked = self._asked and not gradients
         self.cancel()
 
@@ -90,7 +111,7 @@ class Journal:
         Args:
             report: the memory report.
         """
-        kind, moments, seconds = self._done or ("step", [], 0.0)
+        done = self._done or _Done("step", [], 0.0, 0.0, 0.0)
         store = self._store
         chunks = (
             TimelineChunk(
@@ -105,7 +126,16 @@ class Journal:
         )
         ranks = store.layout.world_size
         return Timeline(
-            kind, store.collectives.rank, ranks, store.device.capacity, tuple(chunks), tuple(moments), seconds, report
+            kind=done.kind,
+            rank=store.collectives.rank,
+            world_size=ranks,
+            capacity=store.device.capacity,
+            chunks=tuple(chunks),
+            moments=tuple(done.moments),
+            seconds=done.seconds,
+            report=report,
+            update_seconds=done.update_seconds,
+            update_waited=done.update_waited,
         )
 
     def _close(self) -> None:
@@ -118,9 +148,14 @@ class Journal:
             fetched=counters.fetched_bytes - self._fetched,
             offloaded=counters.offloaded_bytes - self._offloaded,
         )
-        self.mark()
+        self._note_copies()
 
     def mark(self) -> None:
-        """A step is over: what is copied from now on belongs to the next one."""
+        """A step is over: what is copied and updated from now on belongs to the next one."""
+        self._note_copies()
+        updates = self._store.host_updates
+        self._updated, self._waited_for_updates = updates.busy_seconds, updates.waited_seconds
+
+    def _note_copies(self) -> None:
         counters = self._store.counters
         self._fetched, self._offloaded = counters.fetched_bytes, counters.offloaded_bytes

@@ -15,7 +15,6 @@ from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.gradients import Gradients
-from lightning_gemini.core.host_updates import HostUpdates
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Store
@@ -27,7 +26,6 @@ class Optimizers:
 
     Args:
         optimizers: the user's; they take over the states that some make in their constructors, such as Adagrad.
-        host_updates: those made in the background.
         policy: the dtypes.
         index_of: the parameters' indices in the layout.
         notice, may_update, updated, dropped, over: see :class:`OptimizerOnChunks`.
@@ -39,7 +37,6 @@ class Optimizers:
         store: Store,
         schedule: Schedule,
         gradients: Gradients,
-        host_updates: HostUpdates,
         policy: DtypePolicy,
         index_of: Mapping[nn.Parameter, int],
         notice: Callable[[], None],
@@ -63,7 +60,6 @@ class Optimizers:
                 store,
                 schedule,
                 gradients,
-                host_updates,
                 notice,
                 may_update,
                 updated,

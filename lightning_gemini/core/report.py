@@ -6,21 +6,17 @@ from collections.abc import Iterable, Sequence
 
 from lightning_gemini.core.chunk import Home
 from lightning_gemini.core.chunk_update import ChunkUpdate
-from lightning_gemini.core.host_updates import HostUpdates
 from lightning_gemini.core.memory import Tier, format_bytes
 from lightning_gemini.core.playbook import Known
 from lightning_gemini.core.store import Store
 
 
-def memory_report(
-    store: Store, known: Sequence[Known], updates: Iterable[ChunkUpdate], host_updates: HostUpdates, waiting: bool
-) -> str:
+def memory_report(store: Store, known: Sequence[Known], updates: Iterable[ChunkUpdate], waiting: bool) -> str:
     """This rank's chunks and bytes per tier, now and at the peak, what each kind of step moves, and what was moved.
 
     Args:
         known: the steps that there are plans for.
         updates: of all chunks that an optimizer updates.
-        host_updates: those made in the background.
         waiting: whether gradients wait for the step.
     """
     where = {
@@ -48,6 +44,7 @@ def memory_report(
             f"{format_bytes(counters.fetched_bytes)} fetched from the host, {format_bytes(counters.offloaded_bytes)} "
             f"offloaded to it, {format_bytes(counters.rehomed_bytes)} moved to other homes"
         )
+    host_updates = store.host_updates
     if host_updates.count:
         lines.append(
             f"{host_updates.count} chunks updated in the background by {host_updates.threads}: "

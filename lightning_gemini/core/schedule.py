@@ -248,7 +248,9 @@ class Schedule:
         """A moment begins with ``chunk``: finds out what to go by, and frees what has to go."""
         if self._course is Course.NONE:
             self._begin()
-        self._store.arrivals.proceed()
+        if self._store.arrivals.waiting:
+            with self._store.waits.measure():
+                self._store.arrivals.proceed()
         self._begun.append(chunk.index)
         if self._course is not Course.FOLLOWING:
             return

@@ -117,7 +117,8 @@ def shard(
     missing = {*unbuilt, *construct.leave_meta(model, device)}
     values = {index: param.data for param, index in index_of.items() if param not in missing}
     try:
-        store = Store(layout, params, homes, masters, policy, collectives, *tiers)
+        threads = share(collectives.rank, collectives.gather_objects(claim(device))) if update.overlap else None
+        store = Store(layout, params, homes, masters, policy, collectives, *tiers, threads)
     except BaseException:
         for index, value in values.items():
             params[index].data = value
@@ -133,8 +134,7 @@ def shard(
         narrow=placement == "host" or home is not None,
         depth=prefetch,
     )
-    threads = share(collectives.rank, collectives.gather_objects(claim(device)))
-    return Engine(model, params, dtypes, store, optimizers, units, footprints, moves, threads, check)
+    return Engine(model, params, dtypes, store, optimizers, units, footprints, moves, check)
 
 
 def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy: DtypePolicy) -> list[float]:

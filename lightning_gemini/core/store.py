@@ -13,9 +13,11 @@ from lightning_gemini.core.agree import TagBook, chunk_tag
 from lightning_gemini.core.arrivals import Arrivals
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.collectives import Collectives, Pending
+from lightning_gemini.core.cores import HostThreads
 from lightning_gemini.core.counters import Counters
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.footprint import trained
+from lightning_gemini.core.host_updates import HostUpdates
 from lightning_gemini.core.layout import ChunkSpec, Layout, Slot, tag_numel
 from lightning_gemini.core.masters import Master
 from lightning_gemini.core.memory import Tier
@@ -43,8 +45,10 @@ class Store:
         homes: where the shard of each chunk lives.
         masters: the chunks that have an fp32 master weight, zero until it is written.
         policy: the dtypes; it says which chunks want a master when an optimizer first updates them.
+        threads: of updates in the background, ``None`` for no such updates.
 
     Attributes:
+        host_updates: the updates that are made in the background.
         arrivals: the chunks that are being filled.
         slabs: host memory of what is copied between the tiers.
         waits: how long units have waited for their chunks.
@@ -63,6 +67,7 @@ class Store:
         collectives: Collectives,
         device: Tier,
         host: Tier,
+        threads: HostThreads | None,
     ) -> None:
         self.layout = layout
         self.device = device
@@ -71,6 +76,7 @@ class Store:
         self.counters = Counters()
         self.fetching, self.offloading = lanes(device.device)
         self.slabs = Slabs(host, pin=device.device.type == "cuda")
+        self.host_updates = HostUpdates(threads, self.slabs.put)
         self.waits = Stopwatch(device.device)
         self.unsharded_bytes = 0
         self.extra_bytes: Counter[int] = Counter()

@@ -35,9 +35,10 @@ class Place(Enum):
 
     HOST = 0  #: in host memory only
     DEVICE = 1  #: at its home on the device, not usable: sharded
-    COMING = 2  #: a copy from the host or a gather is under way
-    RESIDENT = 3  #: unsharded and idle
-    IN_USE = 4  #: unsharded and pinned by a unit or by autograd
+    UPDATING = 2  #: in host memory, where the update of the last step is not over
+    COMING = 3  #: a copy from the host or a gather is under way
+    RESIDENT = 4  #: unsharded and idle
+    IN_USE = 5  #: unsharded and pinned by a unit or by autograd
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class TimelineMoment:
         resident: indices of the unsharded chunks; those that are kept may be left out.
         pinned: indices of the chunks in use.
         coming: indices of the chunks whose copy or gather is under way.
+        updating: indices of the chunks whose update in host memory is not over; they may be coming, too.
         homes: bytes of homes on the device.
         unsharded: bytes of unsharded chunks beside the homes, those that are coming included.
         other: further bytes on the device, such as gradient buffers and activations.
@@ -89,6 +91,7 @@ class TimelineMoment:
     resident: tuple[int, ...]
     pinned: tuple[int, ...]
     coming: tuple[int, ...]
+    updating: tuple[int, ...]
     homes: int
     unsharded: int
     other: int
@@ -124,6 +127,8 @@ class Timeline:
         moments: in the order in which they came; none where no chunk moves.
         seconds: of the whole step.
         report: the memory report, as text.
+        update_seconds: of the updates in host memory that began with the step before this one.
+        update_waited: seconds that anybody waited for them.
     """
 
     kind: str
@@ -134,12 +139,25 @@ class Timeline:
     moments: tuple[TimelineMoment, ...]
     seconds: float
     report: str
+    update_seconds: float
+    update_waited: float
+
+    @property
+    def update_hidden_share(self) -> float | None:
+        """How much of the updates nobody waited for, from 0 to 1; ``None`` if there were none."""
+        return max(0.0, 1 - self.update_waited / self.update_seconds) if self.update_seconds else None
 
     def places(self, moment: int) -> list[Place]:
         """Where each chunk is at moment number ``moment``."""
         now = self.moments[moment]
         places = [_place_between_uses(chunk) for chunk in self.chunks]
-        for indices, place in ((now.resident, Place.RESIDENT), (now.coming, Place.COMING), (now.pinned, Place.IN_USE)):
+        groups = {
+            Place.RESIDENT: now.resident,
+            Place.COMING: now.coming,
+            Place.UPDATING: now.updating,
+            Place.IN_USE: now.pinned,
+        }
+        for place, indices in groups.items():
             for index in indices:
                 places[index] = place
         return places
@@ -202,7 +220,7 @@ def _check_indices(timeline: Timeline) -> None:
         if chunk.index != position:
             raise ConfigurationError(f"chunk {position} of the timeline says that it is chunk {chunk.index}.")
     for position, moment in enumerate(timeline.moments):
-        highest = max((moment.chunk, *moment.resident, *moment.pinned, *moment.coming))
+        highest = max((moment.chunk, *moment.resident, *moment.pinned, *moment.coming, *moment.updating))
         if highest >= count:
             raise ConfigurationError(f"moment {position} names chunk {highest}, but the timeline has {count} chunks.")
 

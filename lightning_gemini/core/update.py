@@ -27,7 +27,6 @@ from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.collectives import Pending
 from lightning_gemini.core.errors import StateError
 from lightning_gemini.core.gradients import Gradients
-from lightning_gemini.core.host_updates import HostUpdates
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.trial import unhooked_step
@@ -54,7 +53,6 @@ class OptimizerOnChunks:
         store: Store,
         schedule: Schedule,
         gradients: Gradients,
-        host_updates: HostUpdates,
         notice: Callable[[], None],
         may_update: Callable[[list[ChunkGradient]], bool],
         updated: Callable[[Chunk, list[bool]], None],
@@ -66,7 +64,6 @@ class OptimizerOnChunks:
         self._store = store
         self._schedule = schedule
         self._gradients = gradients
-        self._host_updates = host_updates
         self._notice = notice
         self._may_update = may_update
         self._updated = updated
@@ -93,7 +90,7 @@ class OptimizerOnChunks:
     @property
     def stepping(self) -> bool:
         """Whether a step is under way, or ended in an exception: some chunks may have been updated and others not."""
-        return self._stepping or self._host_updates.failed
+        return self._stepping or self._store.host_updates.failed
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of this optimizer's parameters.
@@ -237,11 +234,11 @@ class OptimizerOnChunks:
 
     def _start_on_host(self, rules: Mapping[ChunkUpdate, Rule]) -> set[ChunkUpdate]:
         """Starts the updates that run in the background, in the order in which the next step needs their chunks."""
-        updates = {update for update in rules if self._host_updates.takes(update.chunk)}
+        updates = {update for update in rules if self._store.host_updates.takes(update.chunk)}
         copied = self._store.fetching.mark()  # a copy of a chunk that was dropped may still read its shard
         for update in sorted(updates, key=lambda update: self._schedule.need_of(update.chunk)):
             job = update.job(rules[update])
-            self._host_updates.start(update.chunk, job, update.gradient.hand_over(), copied)
+            self._store.host_updates.start(update.chunk, job, update.gradient.hand_over(), copied)
         return updates
 
     def _run(self, update: ChunkUpdate, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
