@@ -10,14 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import hooks, memory, optimizer, placement, step
+from benchmarks import hooks, memory, optimizer, overlap, placement, step
 from benchmarks.machine import describe_machine, load
 from benchmarks.report import show, write
 from benchmarks.result import Result
 from benchmarks.settings import Settings, quick
 
-NAMES = ("step", "hooks", "memory", "optimizer", "placement")
-_ONE_RANK = ("optimizer", "placement")
+NAMES = ("step", "hooks", "memory", "optimizer", "placement", "overlap")
+_ONE_RANK = ("optimizer", "placement", "overlap")
 _QUICK_PAIRS = 3
 _WIDTH = 130  # of a pipe, where nobody says
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(name: str, settings: Settings, ranks: int) -> list[Result]:
     if name == "memory":
         return memory.run(settings, ranks)
-    modules = {"step": step, "hooks": hooks, "optimizer": optimizer, "placement": placement}
+    modules = {"step": step, "hooks": hooks, "optimizer": optimizer, "placement": placement, "overlap": overlap}
     return [modules[name].run(settings, ranks)]
 
 

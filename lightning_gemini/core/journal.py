@@ -14,6 +14,10 @@ from lightning_gemini.core.store import Store
 from lightning_gemini.core.timeline import Timeline, TimelineChunk, TimelineMoment
 
 
+#: A step is like those to come after so many: the first ones still meet fresh memory and updates that made states.
+_SETTLING_STEPS = 3
+
+
 @dataclass(frozen=True)
 class _Done:
     """A step that has been written down; see :class:`Timeline`."""
@@ -26,7 +30,7 @@ class _Done:
 
 
 class Journal:
-    """The latest step of a kind that was followed from its beginning to its end, after :meth:`ask`.
+    """A step that was followed from its beginning to its end, one of the first after :meth:`ask`.
 
     Args:
         store: the chunks.
@@ -34,7 +38,7 @@ class Journal:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._asked = False
+        self._wanted = 0  # steps to write down, of which the last one stays
         self._writing: str | None = None  # the kind of step
         self._moments: list[TimelineMoment] = []
         self._done: _Done | None = None
@@ -48,13 +52,13 @@ class Journal:
         return self._writing is not None
 
     def ask(self) -> None:
-        """The next step that is followed is to be written down."""
-        self._asked = True
+        """One of the next steps that are followed is to be written down."""
+        self._wanted = _SETTLING_STEPS
 
     def begin(self, kind: str, gradients: bool) -> None:
         """A followed step begins; one without gradients does not take the place of one with."""
         self.cancel()
-        if self._asked and (gradients or self._done is None or not any(m.backward for m in self._done.moments)):
+        if self._wanted and (gradients or self._done is None or not any(m.backward for m in self._done.moments)):
             self._writing = kind
             self._began = time.perf_counter()
             self._waited = self._store.waits.seconds()
@@ -98,7 +102,7 @@ class Journal:
             updates.busy_seconds - self._updated,
             updates.waited_seconds - self._waited_for_updates,
         )
-        self._asked = self._asked and not gradients
+        self._wanted -= gradients
         self.cancel()
 
     def cancel(self) -> None:
