@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench bench-gpu clean
 
 demo: .venv/ready
 	$(BIN)/lightning-gemini fit --config configs/opt_demo.yaml --trainer.strategy.init_args.device_memory 4MiB
@@ -22,6 +22,9 @@ format: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
+
+bench-gpu: .venv/ready
+	$(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf .venv build *.egg-info

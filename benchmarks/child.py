@@ -71,7 +71,7 @@ def run_child(
     theirs.close()
     said: Record = {}
     ended: tuple[str, Any, str] | None = None
-    peak, deadline = 0, start + timeout
+    peak, deadline, over = 0, start + timeout, False
     try:
         while ended is None and time.monotonic() < deadline:
             peak = max(peak, resident_peak(process.pid))
@@ -80,24 +80,24 @@ def run_child(
             try:
                 word, value, details = pickle.loads(ours.recv_bytes())
             except EOFError:
+                over = True
                 break
             if word == "say":
                 said.update(value)
             else:
-                ended = word, value, details
+                ended, over = (word, value, details), True
     finally:
-        late = ended is None and time.monotonic() >= deadline
-        process.join(0 if late else _GRACE_SECONDS)
+        process.join(_GRACE_SECONDS if over else 0)
         if process.is_alive():
             process.kill()
             process.join()
         ours.close()
-    seconds = time.monotonic() - start
+    seconds, peak = time.monotonic() - start, max(peak, said.pop("host_peak", 0))
     if ended is not None and ended[0] == "done":
         return Outcome(ended[1], said, None, "", peak, seconds)
     if ended is not None:
         return Outcome(None, said, ended[1], ended[2], peak, seconds)
-    error = f"not done within {timeout:.0f} s" if late else f"the process died (exit code {process.exitcode})"
+    error = f"not done within {timeout:.0f} s" if not over else f"the process died (exit code {process.exitcode})"
     return Outcome(None, said, error, error, peak, seconds)
 
 
@@ -117,9 +117,15 @@ def _main(out: Connection, threads: int, function: Callable[..., Any], args: tup
     def send(*message: Any) -> None:
         out.send_bytes(pickle.dumps(message))
 
+    def say(record: Record) -> None:
+        send("say", record, "")
+
     try:
-        send("done", function(lambda record: send("say", record, ""), *args), "")
+        value = function(say, *args)
+        say({"host_peak": resident_peak(None)})
+        send("done", value, "")
     except BaseException as error:
+        say({"host_peak": resident_peak(None)})
         text = " ".join(str(error).split())
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
         send("failed", text if len(text) <= _SHORT else f"{text[:_SHORT]}...", traceback.format_exc())

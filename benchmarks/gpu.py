@@ -21,7 +21,7 @@ from benchmarks import sanitizer
 from benchmarks.child import run_child
 from benchmarks.floor import Rates
 from benchmarks.gpu_report import DRY, Findings
-from benchmarks.job import Machine, does_not_fit, has_overlap, jobs
+from benchmarks.job import Machine, does_not_fit, jobs
 from benchmarks.largest import MODES, Mode, Search, depths, largest_depth
 from benchmarks.machine import describe_machine, load
 from benchmarks.ranks import ENVIRONMENT
@@ -31,7 +31,7 @@ from benchmarks.row import Row
 from benchmarks.settings import cores
 from benchmarks.shapes import SHAPES, TINY, deep
 from benchmarks.trainee import describe, rates, train, try_steps
-from lightning_gemini.core.memory import available_bytes
+from lightning_gemini.core.machine import available_bytes
 
 SECTIONS = (*SHAPES, "largest", "sanitizer")
 
@@ -89,7 +89,7 @@ class Run:
             "settings": {**vars(options), "out": None},
             "load": {"before": load(), "after": load()},
         }
-        self.findings = Findings(head, device, not options.dry_cpu, self._shapes["opt-13b"], overlap=has_overlap())
+        self.findings = Findings(head, device, not options.dry_cpu, self._shapes["opt-13b"])
 
     def all(self) -> Findings:
         """Everything that ``only`` asks for."""

@@ -38,7 +38,6 @@ class Findings:
     searches: dict[str, Search] = field(default_factory=dict)
     reasons: dict[str, list[str]] = field(default_factory=dict)
     sanitizers: list[Record] = field(default_factory=list)
-    overlap: bool = True
     _drawn: tuple[Record | None, bytes | None] | None = None
 
     def figures(self) -> list[Record]:
@@ -59,7 +58,7 @@ class Findings:
         return [
             _goals(measured(numbers, self.largest()), self.real),
             _machine(self.device, self.rates, self.rates_problem, self.real),
-            _training(numbers, self.overlap),
+            _training(numbers),
             _largest(self),
             _sanitizers(self.sanitizers),
         ]
@@ -151,7 +150,7 @@ def _machine(device: str, rates: Rates | None, problem: str | None, real: bool) 
     return Table(title, note, ("what", "rate"), rows)
 
 
-def _training(numbers: Sequence[Record], overlap: bool) -> Table:
+def _training(numbers: Sequence[Record]) -> Table:
     rows = []
     for one in numbers:
         floor = one["floor"]
@@ -167,6 +166,7 @@ def _training(numbers: Sequence[Record], overlap: bool) -> Table:
                 _NONE if floor is None else f"{floor['seconds']:.3g} ({floor['bound']})",
                 _text(one["of_the_floor"], "{:.2f}"),
                 _text(one["speed_to_fsdp2"], "{:.2f}"),
+                _text(one["hidden"], "{:.0%}"),
                 _text(one["clip_cost"], "{:+.1%}"),
                 _text(one["fragments"], "{:.2%}"),
                 (one["problem"] or "").replace("|", "/"),
@@ -176,14 +176,13 @@ def _training(numbers: Sequence[Record], overlap: bool) -> Table:
         "Workload (sequences in a micro-batch x micro-batches in a step) and contender; each in processes of its own, "
         "interleaved in rounds; medians of timed steps with clipping. TFLOPS count 6 operations per parameter and "
         "token, and the attention. Peaks in GiB: the device's as its allocator says, the host's resident memory and "
-        "what is pinned. The floor is that of the contender's own plan; `/ FSDP2` is how many times as fast. `clip` is what "
-        "clipping costs, in pairs of steps; `fragments` what the allocator could not give back, as a share of chunks."
+        "what is pinned. The floor is that of the contender's own plan; `/ FSDP2` is how many times as fast; `hidden` "
+        "is how much of the host's update nobody waited for; `clip` what clipping costs, in pairs of steps; "
+        "`fragments` what the allocator could not give back, as a share of chunks."
     )
-    if not overlap:
-        note += " This version of the engine has no update in the background that could be turned off."
     columns = (
         "contender", "tokens/s", "TFLOPS", "device", "host", "pinned", "step, s", "floor, s", "of the floor", "/ FSDP2",
-        "clip", "fragments", "problem",
+        "hidden", "clip", "fragments", "problem",
     )  # fmt: skip
     return Table("Training", note, columns, tuple(rows))
 

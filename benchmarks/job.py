@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from benchmarks.shapes import Shape
-from lightning_gemini.core import shard
 
 Way = Literal["gemini", "fsdp2", "plain"]
 
@@ -29,7 +27,7 @@ class Job:
         placement: the engine's.
         update: when the engine updates.
         bf16_states: whether the engine keeps optimizer states in bf16.
-        overlap: whether the host's update goes on behind the next step; ``None`` for the engine's own choice.
+        overlap: whether the engine's update on the host goes on behind the next step.
         clipping: whether the norm of the gradients is clipped to 1.
         clip_pairs: how often a step with clipping is compared with one without.
         draw: whether one of its steps is wanted as a timeline.
@@ -43,7 +41,7 @@ class Job:
     placement: Literal["auto", "host", "device"] = "auto"
     update: Literal["at_step", "in_backward"] = "at_step"
     bf16_states: bool = False
-    overlap: bool | None = None
+    overlap: bool = True
     clipping: bool = True
     clip_pairs: int = 0
     draw: bool = False
@@ -99,11 +97,6 @@ def does_not_fit(job: Job, machine: Machine) -> str | None:
     )
 
 
-def has_overlap() -> bool:
-    """Whether the engine lets its update in the background be turned off."""
-    return "overlap" in inspect.signature(shard).parameters
-
-
 def jobs(shapes: dict[str, Shape], only: Sequence[str], tiny: bool) -> list[Job]:
     """All contenders of the models named in ``only``, the most valuable first; ``tiny`` has fewer sizes of batches."""
     small, middle, large = (shapes[name] for name in ("opt-1.3b", "opt-6.7b", "opt-13b"))
@@ -111,8 +104,7 @@ def jobs(shapes: dict[str, Shape], only: Sequence[str], tiny: bool) -> list[Job]
     found: list[Job] = []
     found += _compared(middle, 2 if tiny else 8, 1, clip_pairs=3, draw=True)
     found += [*_compared(small, 2 if tiny else 8, 1, clip_pairs=3), Job("plain", small, 2 if tiny else 8, way="plain")]
-    if has_overlap():
-        found.append(Job("auto, no overlap", middle, 2 if tiny else 8, overlap=False))
+    found.append(Job("auto, no overlap", middle, 2 if tiny else 8, overlap=False))
     found += _compared(large, 1 if tiny else 4, 1, clip_pairs=3)
     found.append(Job("host", middle, 2 if tiny else 8, placement="host"))
     found += _compared(middle, 1 if tiny else 4, 4)
@@ -125,6 +117,7 @@ def jobs(shapes: dict[str, Shape], only: Sequence[str], tiny: bool) -> list[Job]
         found += [*_compared(small, 4, 4), Job("plain", small, 4, 4, way="plain")]
         found += _compared(middle, 2, 1)
         found += _compared(large, 4, 4)
+        found += [Job("plain", middle, 8, way="plain"), Job("plain", large, 4, way="plain")]
         found += [Job("device", shape, 8, placement="device") for shape in (middle, large)]
     return [job for job in found if job.shape in wanted]
 

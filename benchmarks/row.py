@@ -93,6 +93,7 @@ def figures(row: Row, rates: Rates | None, rows: Sequence[Row]) -> Record:
         "floor": None if floor is None else {**asdict(floor), "seconds": floor.seconds, "bound": floor.bound},
         "of_the_floor": None if floor is None or not seconds else floor.seconds / seconds,
         "speed_to_fsdp2": row.speed_to(peer),
+        "hidden": result.get("hidden"),
         "clip_cost": row.clip_cost,
         "fragments": row.fragments,
         "device_peak": row.peaks.get("device_peak"),

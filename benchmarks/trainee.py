@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from benchmarks.rates import Extent, measure_rates
 from benchmarks.result import Record
 from lightning_gemini.budgets import Budgets
 from lightning_gemini.core import DtypePolicy, Engine, Home, shard
-from lightning_gemini.core.memory import total_bytes
+from lightning_gemini.core.machine import total_bytes
 from lightning_gemini.core.update_policy import UpdatePolicy
 
 Say = Callable[[Record], None]
@@ -110,7 +109,8 @@ def train(say: Say, job: Job, machine: Machine) -> Record:
         ``seconds`` (by timed step), ``clip_pairs`` (seconds with and without), ``losses``, ``device_peak``,
         ``reserved``, ``pinned`` and ``fragments`` in bytes, ``chunks`` (bytes of all chunks), ``plan`` (what a step
         fetches and offloads in bytes, and the parameters that are updated on the host), ``moved`` (what the counters
-        say of the same), ``report`` and ``timeline``, a text in JSON.
+        say of the same), ``hidden`` (the share of the host's update that nobody waited for), ``report`` and
+        ``timeline``, a text in JSON.
     """
     device = torch.device(machine.device)
     with _last_words(say, device):
@@ -139,6 +139,7 @@ def _measure(say: Say, trainee: Trainee, machine: Machine) -> Record:
         "plan": planned(trainee.engine, job.accumulation),
         "moved": moved,
         **_memory(trainee),
+        "hidden": hidden_share(trainee.engine),
         "report": "" if trainee.engine is None else trainee.engine.memory_report(),
         "timeline": trainee.engine.timeline().to_json() if trainee.engine is not None and job.draw else "",
     }
@@ -185,6 +186,11 @@ def planned(engine: Engine | None, accumulation: int) -> Record | None:
     }
 
 
+def hidden_share(engine: Engine | None) -> float | None:
+    """How much of the update on the host nobody has waited for; ``None`` where nothing was updated behind a step."""
+    return engine._host_updates.hidden_share if engine is not None and engine._host_updates.count else None
+
+
 def _shard_in_chunks(model: nn.Module, optimizer: Optimizer, job: Job, machine: Machine) -> Engine:
     device = torch.device(machine.device)
     budgets = Budgets(machine.device_memory or "auto", machine.host_memory or "auto")
@@ -192,7 +198,6 @@ def _shard_in_chunks(model: nn.Module, optimizer: Optimizer, job: Job, machine: 
     if machine.host_memory is None and host is not None:
         host = max(host - _HOST_RESERVE, host // 2)
     state = torch.bfloat16 if job.bf16_states else torch.float32
-    options: dict[str, Any] = {} if job.overlap is None else {"overlap": job.overlap}
     return shard(
         model,
         [optimizer],
@@ -201,8 +206,7 @@ def _shard_in_chunks(model: nn.Module, optimizer: Optimizer, job: Job, machine: 
         device_memory=budgets.device_bytes(device),
         host_memory=host,
         policy=DtypePolicy(torch.bfloat16, master="split", state=state),
-        update=UpdatePolicy(job.update),
-        **options,
+        update=UpdatePolicy(job.update, overlap=job.overlap),
     )
 
 
