@@ -297,7 +297,7 @@ def test_a_run_without_time_has_a_row_for_everything() -> None:
 
 
 def test_dry_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-cpu", "--minutes", "0.8", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-cpu", "--minutes", "0.65", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(DRY) >= 2
