@@ -18,7 +18,7 @@ def require_even(collectives: Collectives, batches: Sequence[int | float], what:
     Raises:
         ConfigurationError: they differ; a rank that has ended would leave the others waiting for ever.
     """
-    every = collectives.gather_objects(list(batches))
+    every = collectives.gather_objects(list(batches), f"the numbers of {what} batches")
     if any(numbers != every[0] for numbers in every):
         listed = ", ".join(f"rank {rank}: {numbers}" for rank, numbers in enumerate(every))
         raise ConfigurationError(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import atexit
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
+from subprocess import Popen, TimeoutExpired
 from typing import Any, Literal, get_args
 
 import torch
@@ -60,6 +64,7 @@ class RankStrategy(ParallelStrategy):
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timedelta(seconds=timeout_seconds)
+        self._abandoned: list[Popen[bytes]] = []  # processes that may never end by themselves
         self._start_method = start_method if start_method != "auto" else "fork" if _IS_INTERACTIVE else "popen"
 
     @property
@@ -101,6 +106,7 @@ class RankStrategy(ParallelStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        self.abandon_processes(failed=False)  # of an earlier run
         reset_seed()
         self.set_world_ranks()
         assert self.cluster_environment is not None
@@ -112,7 +118,7 @@ class RankStrategy(ParallelStrategy):
     def barrier(self, name: str | None = None) -> None:
         if _distributed_is_initialized():
             on_device = {"device_ids": [self.root_device.index]} if dist.get_backend() == "nccl" else {}
-            with self.explains():
+            with self.explains(f"a barrier{f' ({name})' if name else ''}"):
                 dist.barrier(**on_device)
 
     @override
@@ -120,7 +126,7 @@ class RankStrategy(ParallelStrategy):
         if not _distributed_is_initialized():
             return obj
         box = [obj]
-        with self.explains():
+        with self.explains("a broadcast"):
             dist.broadcast_object_list(box, src)
         return box[0]
 
@@ -130,11 +136,26 @@ class RankStrategy(ParallelStrategy):
     ) -> Tensor | Any:
         if not isinstance(tensor, Tensor):
             return tensor
-        with self.explains():
+        with self.explains("a reduction of values, as of a log or of whether every rank has a batch"):
             return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
-    def explains(self) -> AbstractContextManager[None]:
-        """Around a wait for other ranks: what it raises says which of them failed, and why."""
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        with self.explains("an all-gather of values"):
+            return super().all_gather(tensor, group, sync_grads)
+
+    def abandon_processes(self, failed: bool) -> None:
+        """Notes whether the ranks that this process started have to be ended with it, because the run has failed.
+
+        Lightning ends the first rank if another one fails, but not the others if the first one does; one that is stuck
+        in its own code would stay for ever. Launchers of other kinds end all.
+        """
+        if not self._abandoned and failed and isinstance(self._launcher, _SubprocessScriptLauncher):
+            atexit.register(end_processes, self._abandoned)
+        self._abandoned[:] = getattr(self._launcher, "procs", []) if failed else []
+
+    def explains(self, what: str) -> AbstractContextManager[None]:
+        """Around a wait for other ranks, for ``what``: what it raises says which of them failed, and why."""
         return nullcontext()
 
     def make_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
@@ -145,3 +166,20 @@ class RankStrategy(ParallelStrategy):
         own = dist.get_backend() == "gloo"
         gathers = dist.new_group(timeout=self._timeout) if own else dist.group.WORLD
         return gathers, dist.new_group(timeout=self._timeout)
+
+
+def end_processes(processes: Sequence[Popen[bytes]], patience: float = 10.0) -> None:
+    """Waits for processes to end by themselves, then asks them to, then kills them.
+
+    Args:
+        processes: those that this one started.
+        patience: seconds, for each of the two waits.
+    """
+    for end in (Popen.terminate, Popen.kill):
+        deadline = time.monotonic() + patience
+        for process in processes:
+            with suppress(TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        for process in processes:
+            if process.poll() is None:
+                end(process)

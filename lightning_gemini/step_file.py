@@ -10,6 +10,11 @@ from lightning_gemini.core import Engine
 from lightning_gemini.core.timeline import file_name
 
 
+def run_folder(trainer: L.Trainer) -> Path:
+    """The folder of a run: the logger's or, without one, ``default_root_dir``; rank 0's counts, and all ranks call."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 def write_step(trainer: L.Trainer, engine: Engine) -> None:
     """Writes a step of rank 0 into the run's folder, if it has one and if chunks move.
 
@@ -19,10 +24,10 @@ def write_step(trainer: L.Trainer, engine: Engine) -> None:
     has_folder = bool(trainer.loggers) or Path(trainer.default_root_dir).resolve() != Path.cwd()
     if not engine.moving or trainer.fast_dev_run or not has_folder:
         return
-    folder = trainer.log_dir  # a broadcast
-    if folder is None or not trainer.is_global_zero:
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero:
         return
-    path = Path(folder) / file_name(trainer.global_rank)
+    path = folder / file_name(trainer.global_rank)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(engine.timeline().to_json())

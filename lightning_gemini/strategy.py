@@ -28,7 +28,7 @@ from lightning_gemini.even import even, require_even
 from lightning_gemini.handover import hand_back
 from lightning_gemini.precision import GeminiPrecision
 from lightning_gemini.ranks import RankStrategy, StartMethod
-from lightning_gemini.step_file import write_step
+from lightning_gemini.step_file import run_folder, write_step
 from lightning_gemini.supported import require_no_waiting_gradients, require_supported
 
 Placement = Literal["auto", "device", "host", "cuda", "cpu"]
@@ -65,7 +65,8 @@ class GeminiStrategy(RankStrategy):
         check: Watch every step, not only the first of each kind, for reads of parameters that no hook sees (a loop over
             self.parameters(), a weight in a list), serve them and name them in engine.hidden_reads.
         process_group_backend: Backend of torch.distributed; by default nccl for CUDA and gloo for the CPU.
-        timeout_seconds: Seconds after which a collective that not all ranks have reached fails.
+        timeout_seconds: Seconds after which a wait for other ranks fails, on all of them. A rank that gets stuck leaves
+            gemini_hang-rank0.txt (or its own number) in the run's folder: its stacks, and the state of its chunks.
         start_method: How processes are started where no launcher did: "popen" runs the script again, "spawn", "fork"
             and "forkserver" use multiprocessing; "auto" is fork in a notebook and popen elsewhere.
         accelerator: Set by the Trainer.
@@ -240,6 +241,7 @@ class GeminiStrategy(RankStrategy):
             unbuilt=unbuilt,
             exact=self._exact,
             check=self._check,
+            hang_folder=run_folder(self._trainer),
         )
 
     def _refuse_ignored_precision(self, trainer: L.Trainer) -> None:
@@ -253,12 +255,13 @@ class GeminiStrategy(RankStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         self._failed = True
+        self.abandon_processes(failed=True)
         if self._engine is not None:
             self._engine.leave(exception)
 
     @override
-    def explains(self) -> AbstractContextManager[None]:
-        return super().explains() if self._engine is None else self._engine.store.collectives.explains()
+    def explains(self, what: str) -> AbstractContextManager[None]:
+        return super().explains(what) if self._engine is None else self._engine.store.collectives.explains(what)
 
     @override
     def teardown(self) -> None:

@@ -58,8 +58,8 @@ ROOMS = [
     ["core.trace"],
     ["core.update_policy"],
     ["core.slabs"],
-    ["core.pinning", "core.streams"],
-    ["core.timeline"],
+    ["core.pinning", "core.streams", "core.watchdog"],
+    ["core.timeline", "core.hang"],
     [
         "core.blocks",
         "core.units",
@@ -67,6 +67,7 @@ ROOMS = [
         "core.memory",
         "core.dtypes",
         "core.peers",
+        "core.pulse",
         "core.inert",
         "core.machine",
         "core.cores",

@@ -123,11 +123,11 @@ class Arrivals:
         """Brings new values into a chunk that is filled."""
         self._arrive(self._bring(chunk, reason))
 
-    def gather(self, chunk: Chunk) -> Pending:
-        """Starts to bring the other ranks' slices into a chunk that holds this rank's own."""
+    def gather(self, chunk: Chunk, reason: str) -> Pending:
+        """Starts to bring the other ranks' slices into a chunk that holds this rank's own; ``reason`` needs it."""
         self._updated.discard(chunk.index)
         self._counters.gathered_bytes += chunk.spec.nbytes - chunk.own.nbytes
-        return self._collectives.gather(chunk.full)
+        return self._collectives.gather(chunk.full, _label(chunk, reason))
 
     def _bring(self, chunk: Chunk, reason: str) -> _Arrival:
         shard = chunk.shard
@@ -136,7 +136,7 @@ class Arrivals:
             self._announce(chunk, reason)
             chunk.own.copy_(shard, non_blocking=True)
             self._count(chunk)
-            gather = self.gather(chunk)
+            gather = self.gather(chunk, reason)
             return _Arrival(chunk, reason, self._lane.mark(), gather)
 
     def _begin_after_update(self, chunk: Chunk, reason: str) -> None:
@@ -159,7 +159,7 @@ class Arrivals:
         del self._before_gather[chunk.index]
         with self._lane.after_compute():
             self._announce(chunk, arrival.reason)
-            arrival.gather = self.gather(chunk)
+            arrival.gather = self.gather(chunk, arrival.reason)
             arrival.mark = self._lane.mark()
         self._under_way[chunk.index] = arrival
 
@@ -185,9 +185,13 @@ class Arrivals:
     def _announce(self, chunk: Chunk, reason: str) -> None:
         if self._layout.world_size > 1 and chunk.spec.nbytes != self._common_nbytes:
             mark = chunk_tag(self._layout, chunk.index)
-            for found in self._collectives.exchange_marks(mark, self._longest_slice):
+            for found in self._collectives.exchange_marks(mark, self._longest_slice, _label(chunk, reason)):
                 self._tags.compare(chunk.index, found, reason)
 
     def _count(self, chunk: Chunk) -> None:
         if chunk.home is Home.HOST:
             self._counters.fetched_bytes += chunk.own.nbytes
+
+
+def _label(chunk: Chunk, reason: str) -> str:
+    return f"chunk {chunk.index} ({chunk.names[0]}) for {reason}"

@@ -265,7 +265,7 @@ class Gradients:
         scratch = self._get(self._transient, scratch_numel, full.dtype, what) if scratch_numel else None
         if full.dtype == torch.float16:
             full.mul_(1 / self._collectives.world_size)  # here, and not after the sum, which could overflow
-        pending = self._collectives.reduce_scatter(full, out, scratch)
+        pending = self._collectives.reduce_scatter(full, out, scratch, what)
         self._in_flight.append(_Reduction(gradient, pending, out, scratch, self._exchange_marks(gradient)))
         self._store.counters.reduces += 1
         self._store.counters.reduced_bytes += full.nbytes - out.nbytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lightning_gemini.core.chunk import Home
+from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.memory import Tier, format_bytes
 from lightning_gemini.core.playbook import Known
@@ -57,6 +58,26 @@ def memory_report(store: Store, known: Sequence[Known], updates: Iterable[ChunkU
             f"{format_bytes(counters.reduced_bytes)} of gradients sent to them in {counters.reduces} reductions"
         )
     return "\n".join(lines)
+
+
+def chunk_states(store: Store) -> str:
+    """What every chunk is doing, a line each; waits for nothing, so any thread may ask."""
+    return "\n".join(
+        f"chunk {chunk.index}: {chunk.state.name}, home {chunk.home.name}, {chunk.pins} pins, from {chunk.names[0]} on"
+        f"{', an update is under way' if chunk.deferred is not None else ''}"
+        for chunk in list(store.chunks)
+    )
+
+
+def gradient_states(gradients: Sequence[ChunkGradient]) -> str:
+    """What the gradient of every chunk is doing, a line each; waits for nothing, so any thread may ask."""
+    return "\n".join(
+        f"chunk {gradient.chunk.index}: {gradient.state.name}"
+        f"{', some of it has come since the last step' if any(gradient.used) else ''}"
+        f"{', reduced in this backward' if gradient.reduced else ''}"
+        f"{', on its way to host memory' if gradient.landing is not None else ''}"
+        for gradient in gradients
+    )
 
 
 def _step_line(known: Known) -> str | None:

@@ -96,6 +96,8 @@ class Schedule:
         self.limit: int | None = None
         self.grown = False
         self.relief: Relief
+        self._pulse = store.collectives.pulse
+        self._pulse.sections["Step"] = self._describe
         store.device.spare = self._spare if store.layout.world_size == 1 else self._spare_homes
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
 
@@ -115,6 +117,8 @@ class Schedule:
         Raises:
             StateError: it holds other values than when the backward under way began.
         """
+        self._pulse.beats += 1
+        self._pulse.unit = reason
         if chunk.index in self._expired:
             raise StateError(
                 f"{reason} needs {chunk.names[0]} in a backward that has updated it already, because all of its "
@@ -241,6 +245,12 @@ class Schedule:
                 self._store.reshard(chunk)
         for held in (self._idle, self._coming, self._in_use):
             held.clear()
+
+    def _describe(self) -> str:
+        """The step under way, in words; waits for nothing."""
+        of = f" of {len(self._known.trace.order)} by its plan" if self._known is not None else ""
+        step = f"{self._step_kind!r}, {self._course.name.lower()}: moment {len(self._begun)}{of}, {self._pulse.unit}"
+        return f"{step}; began with chunks {self._begun[-20:]}; coming: {sorted(self._coming)}"
 
     # The moments of a step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -27,6 +28,7 @@ from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.layout import ALIGNMENT, Layout, ParamSpec, plan_layout
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.placement import PlacementPolicy
+from lightning_gemini.core.report import chunk_states, gradient_states
 from lightning_gemini.core.state_width import StateWidths
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.units import Unit, find_units
@@ -58,6 +60,7 @@ def shard(
     exact: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
     home: Home | None = None,
     check: bool = False,
+    hang_folder: str | Path = ".",
 ) -> Engine:
     """Moves ``model`` into chunks that are shared by the ranks of ``group``.
 
@@ -83,6 +86,8 @@ def shard(
         exact: values to take instead of some parameters' own, at a higher precision, for the masters.
         home: where every chunk's shard lives, instead of what ``placement`` makes of it.
         check: watch every step, not only the first of each kind, for reads that hooks cannot see (see ``hidden``).
+        hang_folder: where a rank that waits for others in vain leaves ``gemini_hang-rank0.txt`` with its own number;
+            by default the working directory. Not made before there is something to write.
 
     Raises:
         ConfigurationError: what is given cannot work; the model is as it was.
@@ -90,7 +95,7 @@ def shard(
         DisagreementError: the ranks have different models or settings.
     """
     device = torch.device(device)
-    collectives = Collectives(group, reduce_group)
+    collectives = Collectives(group, reduce_group, Path(hang_folder))
     params = list(dict.fromkeys(model.parameters()))
     index_of = {param: index for index, param in enumerate(params)}
     specs = specify(model, optimizers, policy, unbuilt)
@@ -134,7 +139,14 @@ def shard(
         narrow=placement == "host" or home is not None,
         depth=prefetch,
     )
-    return Engine(model, params, dtypes, store, optimizers, units, footprints, moves, check)
+    engine = Engine(model, params, dtypes, store, optimizers, units, footprints, moves, check)
+    collectives.pulse.sections |= {
+        "Chunks": partial(chunk_states, store),
+        "Gradients": partial(gradient_states, engine.optimizers.gradients(None)),
+        "Memory": engine.memory_report,
+    }
+    collectives.watch()
+    return engine
 
 
 def _require_rules(optimizer: Optimizer, name: str, device: torch.device, policy: DtypePolicy) -> list[float]:

@@ -56,6 +56,7 @@ class Step:
         }
         self._params = params
         self._tags = store.tags
+        self._pulse = store.collectives.pulse
         self._schedule = schedule
         self._moving = schedule.moving
         self._gradients = gradients
@@ -79,7 +80,8 @@ class Step:
     def forward(self, name: str) -> Iterator[None]:
         """See :meth:`Engine.forward`."""
         if not self._moving:
-            yield
+            with self._pulse.step(name):
+                yield
             return
         outermost = not self.running
         if outermost:
@@ -87,7 +89,7 @@ class Step:
             self._scope = name
         self.uses.enter_scope(name)
         try:
-            with self._saved.hooks(), self.hidden.watch(name):
+            with self._pulse.step(name), self._saved.hooks(), self.hidden.watch(name):
                 yield
             if not torch.is_grad_enabled():
                 self._tags.settle()  # in training the update does
@@ -107,7 +109,8 @@ class Step:
         """See :meth:`Engine.backward`."""
         try:
             self.stand_ins.take()
-            with self._hooks.backward(), self.hidden.watch("backward") if self._moving else nullcontext():
+            watched = self.hidden.watch("backward") if self._moving else nullcontext()
+            with self._pulse.step("a backward"), self._hooks.backward(), watched:
                 yield
         except BaseException:
             self._abort()
@@ -132,6 +135,7 @@ class Step:
 
     def reset(self) -> None:
         """Forgets the forward and the backward under way."""
+        self._pulse.abandon()
         self._scope, self._backwards = None, 0
         self.stand_ins.forget()
         self._hooks.reset()
@@ -165,6 +169,7 @@ class Step:
         self.uses.pre_forward(unit)
         if outermost:
             self._outermost = ExitStack()
+            self._outermost.enter_context(self._pulse.step(unit.name))
             self._outermost.enter_context(self.hidden.watch(unit.name))
             if torch.is_grad_enabled():
                 self._outermost.enter_context(self._saved.hooks())

@@ -181,7 +181,7 @@ class Store:
 
     def refresh(self, chunk: Chunk) -> Pending:
         """Starts to bring the other ranks' updated shards into a chunk that is never freed."""
-        return self.arrivals.gather(chunk)
+        return self.arrivals.gather(chunk, "its updated values")
 
     def write(self, param: int, value: Tensor) -> None:
         """Stores a whole parameter; every rank has the same ``value`` and keeps what it owns of it.
@@ -329,7 +329,7 @@ class Store:
         with torch.inference_mode(False):
             full = torch.empty(numel, dtype=shard.dtype, device=self.device.device)
         self.collectives.shard_of(full).copy_(shard)
-        self.collectives.gather(full).wait()
+        self.collectives.gather(full, f"what belongs to chunk {index}").wait()
         return full
 
     def bring_master(self, chunk: Chunk) -> Master | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -140,6 +140,10 @@ class Stopwatch:
         return self._seconds
 
     def _resolve(self) -> None:
-        while self._pending and self._pending[0][1].query():
-            before, after = self._pending.popleft()
-            self._seconds += before.elapsed_time(after) / 1000
+        with suppress(IndexError):  # also where a watchdog asks from another thread
+            while True:
+                before, after = self._pending.popleft()
+                if not after.query():
+                    self._pending.appendleft((before, after))
+                    return
+                self._seconds += before.elapsed_time(after) / 1000
