@@ -215,9 +215,9 @@ def test_the_file_says_where_a_step_that_is_followed_has_stopped(hung: list[dict
         assert re.search(r"following: moment \d of 6 by its plan", found["file"])
         assert re.search(r"^chunk \d: COMING", found["file"], re.M)
         assert "rank 1 is in code between steps (data loading" in found["said"]
-    assert "There, too: rank 2;" in waits["said"]
+    assert re.search("There, too: rank [02];", waits["said"])  # whoever ends first ends the others
     assert "in load_data_for_ever" in sleeps["file"]  # what it did while the others waited, not what it came to later
-    assert "rank 0 ended (so did rank 2)" in sleeps["said"]
+    assert re.match(r"PeerError: rank [02] ended( \(so did rank 2\))?: PeerError: timed out: ", sleeps["said"])
 
 
 def test_a_rank_that_stops_inside_a_step_is_named_with_its_unit(hung: list[dict[str, dict[str, Any]]]) -> None:
@@ -230,11 +230,12 @@ def test_a_rank_that_stops_inside_a_step_is_named_with_its_unit(hung: list[dict[
 
 def test_ranks_that_wait_in_different_collectives_name_each_others(hung: list[dict[str, dict[str, Any]]]) -> None:
     waits, skips, _ = _of(hung, skips_the_last_unit_in_evaluation)
-    assert "in an all-gather of chunk 5 (5.weight) for 5. There, too: rank 2; rank 1 is in an exchange" in waits["said"]
-    assert "in an exchange of objects. rank 0 is in an all-gather of chunk 5 (5.weight)" in skips["said"]
-    reduces, steps, _ = _of(hung, steps_without_a_backward)
-    assert re.search(r"in a reduce-scatter of .* of chunk \d.* rank 1 is in an all-reduce of ", reduces["said"])
-    assert re.search(r"in an all-reduce of .*rank 0 is in a reduce-scatter of ", steps["said"])
+    for found in (waits, skips):
+        assert re.search(r"rank [02] (is|waited \S+ s) in an all-gather of chunk 5 \(5.weight\) for 5", found["said"])
+        assert re.search(r"rank 1 (is|waited \S+ s) in an exchange of objects", found["said"])
+    for found in _of(hung, steps_without_a_backward)[:2]:
+        assert re.search(r"rank [02] (is|waited \S+ s) in a reduce-scatter of .* of chunk \d", found["said"])
+        assert re.search(r"rank 1 (is|waited \S+ s) in an all-reduce of ", found["said"])
 
 
 def test_what_says_itself_why_it_ended_leaves_no_file(hung: list[dict[str, dict[str, Any]]]) -> None:
