@@ -105,8 +105,8 @@ def _watch(engine: Engine) -> Iterator[tuple[list[frozenset[int]], list[int]]]:
     def leave(*_: Any) -> None:
         running.pop()
 
-    def count(move: Callable[..., None], chunk: Chunk, *rest: str) -> None:
-        move(chunk, *rest)
+    def count(move: Callable[..., None], chunk: Chunk, *rest: str, ahead: bool = False) -> None:
+        move(chunk, *rest, ahead=ahead)
         peak[0] = max(peak[0], sum(c.state is not ChunkState.FREE for c in engine.store.chunks))
 
     handles = []

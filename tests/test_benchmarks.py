@@ -186,15 +186,20 @@ def test_quick_run(tmp_path: Path) -> None:
     assert report["settings"]["quick"] is True
     assert report["machine"]["environment"] == ENVIRONMENT
     kinds = [(result["benchmark"], result["ranks"]) for result in report["results"]]
-    assert kinds == [*product(("step", "hooks", "memory"), (1, 2)), ("optimizer", 1), ("placement", 1)]
-    for result in report["results"]:
+    assert kinds == [*product(("step", "hooks", "memory"), (1, 2)), ("optimizer", 1), ("placement", 1), ("overlap", 1)]
+    *others, overlap = report["results"]
+    for row in overlap["rows"]:
+        assert [one["name"] for one in row["contenders"]] == ["at once", "at once, A/A", "in the background"]
+        assert len({one["loss"] for one in row["contenders"]}) == 1
+        assert 0 <= row["hidden_share"] <= 1
+    for result in others:
         names = [contender["name"] for contender in result["contenders"]]
         assert {"optimizer": "fused, casts", "placement": "auto"}.get(result["benchmark"], "plain") in names
         assert result["threads"] >= 1
         for contender in result["contenders"]:
             _check(result["benchmark"], contender)
     text = (tmp_path / "benchmarks.md").read_text()
-    assert text.count("\n## ") == 10
+    assert text.count("\n## ") == 11
     assert "(placement.png)" in text
 
 

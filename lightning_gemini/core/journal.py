@@ -13,7 +13,6 @@ from lightning_gemini.core.footprint import trained
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.timeline import Timeline, TimelineChunk, TimelineMoment
 
-
 #: A step is like those to come after so many: the first ones still meet fresh memory and updates that made states.
 _SETTLING_STEPS = 3
 
