@@ -14,7 +14,8 @@ from benchmarks.estimate import median
 from benchmarks.result import Record, Result, Table
 from benchmarks.settings import Settings
 from lightning_gemini.core import Layout, ParamSpec, plan_layout
-from lightning_gemini.core.planner import ChunkBytes, DoesNotFitError, plan
+from lightning_gemini.core.planner import DoesNotFitError, plan
+from lightning_gemini.core.step_plan import ChunkBytes
 from lightning_gemini.core.trace import Moment, Trace
 
 #: Device sizes of the table, and those of the picture beside them, in percent of what everything needs.

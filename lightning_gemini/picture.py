@@ -123,10 +123,14 @@ def _title(timeline: Timeline) -> str:
     offloaded = sum(moment.offloaded for moment in timeline.moments)
     waited = sum(moment.waited for moment in timeline.moments)
     chunks = f"{len(timeline.chunks)} chunk{'s' if len(timeline.chunks) != 1 else ''}"
+    predicted = ""
+    if timeline.predicted is not None:
+        predicted = f" ({_seconds(timeline.predicted)} predicted up to the next step)"
     return (
         f"{timeline.kind}: rank {timeline.rank} of {timeline.world_size}, {chunks}\n"
         f"{format_bytes(fetched)} fetched from the host, {format_bytes(offloaded)} offloaded; "
-        f"{_seconds(timeline.seconds)}, {f'of which {_seconds(waited)}' if waited else 'none of it'} waiting for chunks"
+        f"{_seconds(timeline.seconds)}{predicted}, "
+        f"{f'of which {_seconds(waited)}' if waited else 'none of it'} waiting for chunks"
         f"{_hidden(timeline)}"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_gemini.core.planner import ChunkBytes, StepPlan
+from lightning_gemini.core.step_plan import ChunkBytes, StepPlan
 from lightning_gemini.core.trace import Trace
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from lightning_gemini.core import Home, StateError, shard
-from lightning_gemini.core.planner import StepPlan
 from lightning_gemini.core.playbook import Known, Playbook
 from lightning_gemini.core.schedule import Course
+from lightning_gemini.core.step_plan import StepPlan
 from lightning_gemini.core.trace import Moment, Trace
 
 
@@ -33,6 +33,27 @@ def test_the_same_step_is_expected_until_another_follows_it() -> None:
     assert playbook.expect() is second  # they take turns
     playbook.followed(second)
     assert playbook.expect() is first
+
+
+def test_steps_are_timed_from_one_beginning_to_the_next_if_they_went_as_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("lightning_gemini.core.playbook.time.perf_counter", lambda: now)
+    playbook = Playbook()
+    known = planned(playbook, 0, 1)
+    for seconds in (1.0, 2.0, 50.0, 3.0, 2.0):
+        assert playbook.begin("step") is known
+        playbook.followed(known)
+        now += seconds
+    playbook.begin("step")  # this one goes otherwise
+    now += 9.0
+    playbook.begin("step")
+    assert list(known.times) == [1.0, 2.0, 50.0, 3.0, 2.0]
+    assert known.measured == 2.0
+    assert known.plan is not None
+    known.go_by(known.plan, None)
+    assert known.measured is None
 
 
 def test_a_kind_is_met_again_after_another_one() -> None:

@@ -146,8 +146,8 @@ def test_a_folder_without_a_step(error: Report, tmp_path: Path) -> None:
     [
         (b"{", "expected the timeline of a step as JSON, but it does not parse"),
         (b"\xff\xfe\x00", "expected the timeline of a step as JSON, but this is no text"),
-        (b'{"format": 9}', "in format 1, got format 9"),
-        (b'{"format": 1}', "the timeline lacks the field(s) kind"),
+        (b'{"format": 9}', "in format 2, got format 9"),
+        (b'{"format": 2}', "the timeline lacks the field(s) kind"),
     ],
 )
 def test_a_file_that_is_broken_or_newer(error: Report, tmp_path: Path, content: bytes, message: str) -> None:

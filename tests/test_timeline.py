@@ -54,11 +54,17 @@ def test_the_parts_never_exceed_what_was_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "timeline", [small(), replace(small(), capacity=None, moments=()), replace(small(), report='ü "\n')]
+    "timeline",
+    [
+        small(),
+        replace(small(), predicted=0.4),
+        replace(small(), capacity=None, moments=()),
+        replace(small(), report='ü "\n'),
+    ],
 )
 def test_there_and_back(timeline: Timeline) -> None:
     text = timeline.to_json()
-    assert json.loads(text)["format"] == 1
+    assert json.loads(text)["format"] == 2
     assert Timeline.from_json(text) == timeline
     assert hash(Timeline.from_json(text)) == hash(timeline), "lists have become tuples"
 
@@ -76,9 +82,10 @@ def test_a_number_that_is_not_finite_is_not_written() -> None:
         ("[" * 100_000, "does not parse"),
         ("[1]", "a JSON object with the field 'format'"),
         ('{"kind": "training"}', "a JSON object with the field 'format'"),
-        ('{"format": 2}', r"in format 1, got format 2\. Read it with the version .* or follow a step again"),
-        ('{"format": "1"}', "in format 1, got format '1'"),
-        ('{"format": 1}', r"the timeline lacks the field\(s\) kind, rank, world_size"),
+        ('{"format": 3}', r"in format 2, got format 3\. Read it with the version .* or follow a step again"),
+        ('{"format": "1"}', "in format 2, got format '1'"),
+        ('{"format": 1}', r"in format 2, got format 1"),
+        ('{"format": 2}', r"the timeline lacks the field\(s\) kind, rank, world_size"),
     ],
 )
 def test_what_is_no_timeline_is_refused(text: str, message: str) -> None:
@@ -104,6 +111,7 @@ def _set(*path: Any, value: Any) -> Callable[[Any], None]:
         (_set("seconds", value=10**400), "seconds of the timeline must be a finite number"),
         (_set("seconds", value=-1), "seconds of the timeline must be a finite number"),
         (_set("capacity", value="20GiB"), "capacity of the timeline must be a whole number, at least 0, got '20GiB'"),
+        (_set("predicted", value="soon"), "predicted of the timeline must be a finite number, at least 0, got 'soon'"),
         (_set("rank", value=True), "rank of the timeline must be a whole number"),
         (_set("kind", value=None), "kind of the timeline must be a text, got None"),
         (_set("chunks", value={}), "chunks of the timeline must be a list"),

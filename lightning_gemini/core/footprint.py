@@ -9,8 +9,8 @@ import torch
 
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.layout import ChunkSpec, Layout
-from lightning_gemini.core.planner import ChunkBytes
 from lightning_gemini.core.state_width import StateWidths
+from lightning_gemini.core.step_plan import ChunkBytes
 from lightning_gemini.core.units import Unit
 from lightning_gemini.core.update_policy import UpdatePolicy
 
@@ -83,11 +83,14 @@ class Footprints:
             full=spec.nbytes,
             parameter=parameter,
             master=numel * self.policy.master_bytes(dtype),
-            # none for the padding at the end, which on several ranks is another one's
-            state=int(min(numel, spec.end) * self.widths.of(spec, self.policy)),
+            state=int(self._elements(spec) * self.widths.of(spec, self.policy)),
             gradient=numel * width if self.update.when == "at_step" else 0,
             extra=extra,
         )
+
+    def _elements(self, spec: ChunkSpec) -> int:
+        """Elements that an update changes: not the padding at the end, which on several ranks is another one's."""
+        return min(spec.numel // self.layout.world_size, spec.end) if self.trained(spec) else 0
 
     def trained(self, spec: ChunkSpec) -> bool:
         """Whether a step updates the chunk, as far as is known by now."""
@@ -109,8 +112,8 @@ class Footprints:
         )
 
     @property
-    def halves_states(self) -> bool:
-        """Whether all chunks that are updated could have states in bf16."""
+    def ruled(self) -> bool:
+        """Whether rules update all chunks that are updated; then they could have states in bf16."""
         chunks = (spec for spec in self.layout.chunks if trained(spec))
         return all(self.widths.rule(spec, self.policy) is not None for spec in chunks)
 
@@ -131,6 +134,8 @@ class Footprints:
                 offload=one.gradient or (one.parameter if self.trained(spec) else 0),
                 trained=self.trained(spec),
                 whole=whole,
+                # what is updated in a backward is part of its moments
+                elements=self._elements(spec) if self.update.when == "at_step" else 0,
             )
             for one, spec in zip(footprints, self.layout.chunks, strict=True)
         ]

@@ -117,11 +117,15 @@ class HostUpdates:
         """How much of the work nobody has waited for, from 0 to 1."""
         return max(0.0, 1 - self.waited_seconds / self.busy_seconds) if self.busy_seconds else 0.0
 
+    @property
+    def possible(self) -> bool:
+        """Whether updates by rules are made in the background at all."""
+        # torch.compile has no promise for two threads at a time
+        return self.threads is not None and kernel_for(torch.device("cpu")).name != "compiled"
+
     def takes(self, chunk: Chunk) -> bool:
         """Whether an update of ``chunk`` by a rule is made in the background."""
-        # torch.compile has no promise for two threads at a time
-        in_background = self.threads is not None and kernel_for(torch.device("cpu")).name != "compiled"
-        return in_background and chunk.home is Home.HOST
+        return chunk.home is Home.HOST and self.possible
 
     def start(self, chunk: Chunk, job: Callable[[], None], gradient: Tensor, after: Mark) -> None:
         """Has ``job`` update ``chunk``, not before ``after``; ``gradient`` is given back when that is over."""

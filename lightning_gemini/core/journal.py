@@ -26,6 +26,7 @@ class _Done:
     seconds: float
     update_seconds: float
     update_waited: float
+    predicted: float | None
 
 
 class Journal:
@@ -41,6 +42,7 @@ class Journal:
         self._writing: str | None = None  # the kind of step
         self._moments: list[TimelineMoment] = []
         self._done: _Done | None = None
+        self._predicted: float | None = None
         self._began = self._waited = 0.0
         self._fetched = self._offloaded = 0
         self._updated = self._waited_for_updates = 0.0
@@ -54,11 +56,11 @@ class Journal:
         """One of the next steps that are followed is to be written down."""
         self._wanted = _SETTLING_STEPS
 
-    def begin(self, kind: str, gradients: bool) -> None:
-        """A followed step begins; one without gradients does not take the place of one with."""
+    def begin(self, kind: str, gradients: bool, predicted: float | None) -> None:
+        """A followed step begins that should take so many seconds; one without gradients does not replace one with."""
         self.cancel()
         if self._wanted and (gradients or self._done is None or not any(m.backward for m in self._done.moments)):
-            self._writing = kind
+            self._writing, self._predicted = kind, predicted
             self._began = time.perf_counter()
             self._waited = self._store.waits.seconds()
 
@@ -100,6 +102,7 @@ class Journal:
             time.perf_counter() - self._began,
             updates.busy_seconds - self._updated,
             updates.waited_seconds - self._waited_for_updates,
+            self._predicted,
         )
         self._wanted -= gradients
         self.cancel()
@@ -114,7 +117,7 @@ class Journal:
         Args:
             report: the memory report.
         """
-        done = self._done or _Done("step", [], 0.0, 0.0, 0.0)
+        done = self._done or _Done("step", [], 0.0, 0.0, 0.0, None)
         store = self._store
         chunks = (
             TimelineChunk(
@@ -139,6 +142,7 @@ class Journal:
             report=report,
             update_seconds=done.update_seconds,
             update_waited=done.update_waited,
+            predicted=done.predicted,
         )
 
     def _close(self) -> None:

@@ -2,7 +2,8 @@
 
 NOTE: agreement.
 Plans are made from the same numbers on all ranks: of each moment the most memory that any rank has seen, of each budget
-the smallest. So all ranks keep, free and prefetch the same chunks, and nothing but the recorded step is exchanged.
+the smallest, of each speed the slowest. So all ranks keep, free and prefetch the same chunks, and nothing but recorded
+steps and, once, speeds are exchanged.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState
 from lightning_gemini.core.errors import OutOfBudgetError
 from lightning_gemini.core.footprint import Footprints
+from lightning_gemini.core.forecast import Forecast, Overlap, forecast
 from lightning_gemini.core.gradients import Gradients
-from lightning_gemini.core.planner import ChunkBytes, DoesNotFitError, Plan, plan
+from lightning_gemini.core.planner import DoesNotFitError, plan
 from lightning_gemini.core.refusal import activations_do_not_fit, device_cannot_shrink, device_is_full
 from lightning_gemini.core.schedule import Course, Schedule
+from lightning_gemini.core.speedometer import exchange
+from lightning_gemini.core.speeds import Speeds
+from lightning_gemini.core.step_plan import ChunkBytes, Plan, StepPlan
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.trace import Moment, Trace, merge
 
@@ -35,11 +40,13 @@ class PlacementPolicy:
         homes: ``"auto"`` moves homes to where they save the most; ``"fixed"`` leaves them where they are.
         narrow: whether the device is to hold little beside what is in use, however much room there is.
         depth: the most chunks that are fetched ahead of their need, ``None`` for as many as there is room for.
+        speeds: of copies and updates, instead of what is measured; equal on all ranks.
     """
 
     homes: Literal["auto", "fixed"] = "auto"
     narrow: bool = False
     depth: int | None = None
+    speeds: Speeds | None = None
 
 
 class Placement:
@@ -71,6 +78,14 @@ class Placement:
         self._policy = policy
         self._trains = trains
         self._accumulating = False
+        emulated = store.device.device.type == "cpu"
+        self._speeds = policy.speeds
+        # There a copy and an update are work of the same memory, and plans are to be the same in each run.
+        self._by_time = policy.speeds is not None or not emulated
+        in_background = trains and footprints.ruled and store.host_updates.possible
+        self._overlap = Overlap(copies=not emulated, updates=in_background)
+        # On a GPU the first step also loads kernels and chooses between them: its times say little.
+        self._cold = policy.speeds is None and not emulated
         self._agreed = [chunk.home is not Home.HOST for chunk in store.chunks]  # a rank may have fewer on the device
         schedule.relief = self
         store.device.refusal = self._refusal
@@ -86,16 +101,19 @@ class Placement:
             OutOfBudgetError: it takes more than there is, wherever chunks have their homes; on all ranks.
         """
         self._accumulating |= accumulating
-        every = self._store.collectives.gather_objects(trace)
-        trace = self._with_reserve(merge(every))
+        trace = self._with_reserve(merge(self._exchange(trace)))
         kinds = {known.trace.kind for known in self._playbook.known}
         known = self._playbook.add(trace)
         if known.plan is None and trace.kind in kinds:
             # steps of one kind that differ share their homes, so a new one needs no search for these
             with suppress(DoesNotFitError):
-                (known.plan,) = self._plan([trace], self._agreed).steps
+                made = self._plan([trace], self._agreed)
+                known.go_by(made.steps[0], self._forecast(trace, made.steps[0], made.on_device))
                 return
         self.replan()
+        if self._cold and trace.updates:
+            self._cold = False
+            self._schedule.record_again()
 
     def replan(self) -> None:
         """Plans for all known steps, and moves homes; all ranks call, between two steps.
@@ -116,7 +134,7 @@ class Placement:
                 raise activations_do_not_fit(error, traces, self._store, self._footprints.aside) from error
             made = self._plan(traces, "auto")
         for one, step in zip(known, made.steps, strict=True):
-            one.plan = step
+            one.go_by(step, self._forecast(one.trace, step, made.on_device))
         self._move(made.on_device)
         self._set_limit()
         self._schedule.journal.ask()
@@ -170,7 +188,23 @@ class Placement:
         device, host = self._store.device.capacity, self._store.host.capacity
         if host is not None:
             host -= self._footprints.aside
-        return plan(traces, sizes, device, host, homes=homes, window=window, depth=self._policy.depth)
+        speeds = self._speeds if self._by_time else None
+        return plan(
+            traces, sizes, device, host, homes=homes, window=window, depth=self._policy.depth, speeds=speeds,
+            overlap=self._overlap,
+        )  # fmt: skip
+
+    def _exchange(self, trace: Trace) -> list[Trace]:
+        """The step as each rank has seen it; measures speeds if they are not known."""
+        if self._speeds is not None:
+            return self._store.collectives.gather_objects(trace)
+        every, self._speeds = exchange(self._store, self._footprints, self._policy.homes == "auto", trace)
+        return every
+
+    def _forecast(self, trace: Trace, step: StepPlan, on_device: Sequence[bool]) -> Forecast | None:
+        if self._speeds is None:
+            return None
+        return forecast(trace, step, on_device, self._sizes(), self._speeds, self._overlap)
 
     def _sizes(self) -> list[ChunkBytes]:
         footprints = self._footprints

@@ -3,82 +3,28 @@
 Device memory is worth the most where it keeps unsharded chunks from one use to the next, such as through the turn from
 forward to backward: a bf16 chunk takes 2 bytes per parameter there. A home on the device, with master, optimizer states
 and gradient, takes about 14 and saves two fetches and an offload. So the number of homes on the device is searched, and
-each number is judged by what still has to move once the rest of the memory keeps chunks (:mod:`residency`).
+each number is judged by what still has to move once the rest of the memory keeps chunks (:mod:`residency`). Where
+speeds are known, it is judged by the time that a step will take (:mod:`forecast`): then homes on the device are worth
+what they save of updates in host memory, too, and bytes that move beside the compute cost nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from lightning_gemini.core.errors import GeminiError
+from lightning_gemini.core.forecast import Overlap, forecast
 from lightning_gemini.core.homes import FEW_CHUNKS, Homes, Rating, nested_homes, search_homes
 from lightning_gemini.core.memory import format_bytes
 from lightning_gemini.core.residency import Gap, Gaps, choose_kept, find_gaps, lower_bound, prefetch_starts
+from lightning_gemini.core.speeds import Speeds
+from lightning_gemini.core.step_plan import ChunkBytes, Plan, StepPlan
 from lightning_gemini.core.trace import Trace
 
-
-@dataclass(frozen=True)
-class ChunkBytes:
-    """One chunk on one rank, in bytes.
-
-    Attributes:
-        full: unsharded, on the device.
-        kept: on the device all the time if its home is there: shard, master, optimizer states, gradient shard.
-        hosted: in host memory all the time if its home is there: the same.
-        fetch: host to device for one unshard, if its home is in host memory.
-        gather: from other ranks for one unshard, wherever its home is.
-        offload: device to host for one backward, if its home is in host memory: its reduced gradient; 0 if frozen.
-        trained: whether an update changes it.
-        whole: whether a home on the device is the unsharded chunk itself (one rank): then ``kept`` contains ``full``,
-            and the chunk is never freed, fetched or gathered.
-    """
-
-    full: int
-    kept: int
-    hosted: int
-    fetch: int
-    gather: int
-    offload: int
-    trained: bool
-    whole: bool
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What to do in the steps of one trace, again and again.
-
-    Attributes:
-        start: chunks to be unsharded when the step begins, by need; what else is unsharded and idle then is freed.
-        evict: by moment: chunks that are freed before the moment's chunk is unsharded.
-        prefetch: by moment: chunks whose unshard begins as soon as the moment's own chunk is usable, in order.
-        fetched, gathered, offloaded: bytes per step.
-        least: a lower bound of ``fetched + gathered`` with these homes and limits.
-        peak: by moment: bytes of unsharded chunks (in use, kept or under way) and of homes on the device.
-    """
-
-    start: tuple[int, ...]
-    evict: tuple[tuple[int, ...], ...]
-    prefetch: tuple[tuple[int, ...], ...]
-    fetched: int
-    gathered: int
-    offloaded: int
-    least: int
-    peak: tuple[int, ...]
-
-    @property
-    def moved(self) -> int:
-        """Bytes per step, all together."""
-        return self.fetched + self.gathered + self.offloaded
-
-
-@dataclass(frozen=True)
-class Plan:
-    """By chunk, whether its home is the device; by trace, what to do in such a step."""
-
-    on_device: tuple[bool, ...]
-    steps: tuple[StepPlan, ...]
+#: Steps that differ by less than their compute divided by this are alike: no prediction is better.
+_ALIKE = 100
 
 
 class DoesNotFitError(GeminiError):
@@ -112,12 +58,18 @@ def plan(
     homes: Literal["auto", "host", "device"] | Sequence[bool],
     window: int | None = None,
     depth: int | None = None,
+    speeds: Speeds | None = None,
+    overlap: Overlap = Overlap(),  # noqa: B008, it is frozen
 ) -> Plan:
     """Homes of all chunks, and for each trace what to keep, free and fetch ahead.
 
     ``"auto"`` searches the homes that move the fewest bytes over the traces that update (over all, if none does), all
     kinds of bytes together; of equal ones those with the most homes on the device. It does not fetch more in these
     traces than ``"host"`` would, if ``"host"`` is possible, and never fails where all homes in host memory fit.
+
+    With ``speeds`` those of the fewest seconds count, as :func:`forecast.forecast` predicts them for these traces; of
+    those that differ by less than a hundredth of the compute the ones that move the fewest bytes. They are never
+    slower, as predicted, than those of the fewest bytes.
 
     Args:
         traces: one for each kind of step; a step is followed by one of its own kind.
@@ -127,6 +79,8 @@ def plan(
         homes: where chunks live: chosen, none or all on the device, or as given by chunk.
         window: the most bytes beside those in use that may be unsharded in chunks with a home elsewhere.
         depth: the most chunks that may be under way or waiting ahead of their need. ``None``: no bound.
+        speeds: of copies and updates, for ``"auto"``; ``None`` to judge by bytes.
+        overlap: what runs beside the compute.
 
     Raises:
         DoesNotFitError: a moment does not fit the device, or the homes that are left do not fit the host.
@@ -134,7 +88,8 @@ def plan(
     """
     planner = _Planner(traces, chunks, device, host, window, depth)
     if homes == "auto":
-        return planner.search()
+        fewest = planner.search()
+        return fewest if speeds is None else planner.search_time(fewest, speeds, overlap)
     given = _expand(homes, len(chunks))
     planner.check(given)
     return planner.plan(given)
@@ -163,6 +118,8 @@ class _Planner:
         depth: int | None,
     ) -> None:
         self.traces, self.chunks = tuple(traces), tuple(chunks)
+        #: the same with fewer moments, for what is asked of many homes
+        self.short = tuple(trace.condensed for trace in traces)
         # where there is no bound, one that everything fits at once
         other = max((moment.other for trace in traces for moment in trace.moments), default=0)
         self.device = sum(c.kept + c.full for c in chunks) + other if device is None else device
@@ -189,11 +146,11 @@ class _Planner:
         """Bytes of the homes in host memory."""
         return sum(c.hosted for c, home in zip(self.chunks, homes, strict=True) if not home)
 
-    def lack(self, homes: Homes) -> tuple[int, int | None, int | None]:
+    def lack(self, homes: Homes, traces: Sequence[Trace]) -> tuple[int, int | None, int | None]:
         """Device bytes that the fullest moment lacks, or has left if negative; its trace's index and its own."""
         settled = self.settled(homes)
         worst: tuple[int, int | None, int | None] = (settled - self.device, None, None)
-        for index, trace in enumerate(self.traces):
+        for index, trace in enumerate(traces):
             needed = [n + m.other for n, m in zip(self.pinned(trace, homes), trace.moments, strict=True)]
             if needed and settled + max(needed) - self.device > worst[0]:
                 worst = (settled + max(needed) - self.device, index, needed.index(max(needed)))
@@ -201,7 +158,7 @@ class _Planner:
 
     def check(self, homes: Homes, host: bool = True) -> None:
         """Raises :class:`DoesNotFitError` if these homes are impossible."""
-        lack, trace, moment = self.lack(homes)
+        lack, trace, moment = self.lack(homes, self.traces)
         if lack > 0:
             raise DoesNotFitError("device", self.device + lack, self.device, trace, moment)
         if host and self.hosted(homes) > self.host:
@@ -213,10 +170,10 @@ class _Planner:
         """What to do with these homes."""
         return Plan(homes, tuple(self.step(trace, homes) for trace in self.traces))
 
-    def step(self, trace: Trace, homes: Homes) -> StepPlan:
-        """What to do in one trace's steps with these homes."""
+    def step(self, trace: Trace, homes: Homes, rough: bool = False) -> StepPlan:
+        """What to do in one trace's steps with these homes; if it may be ``rough``, without the least and quickly."""
         gaps, room, cost = self.instance(trace, homes)
-        starts, free = self.movement(gaps, room, cost)
+        starts, free = self.movement(gaps, room, cost, thorough=not rough)
         evict: list[list[int]] = [[] for _ in trace.moments]
         prefetch: list[list[int]] = [[] for _ in trace.moments]
         for gap, start in starts.items():
@@ -234,13 +191,15 @@ class _Planner:
             fetched=fetched,
             gathered=gathered,
             offloaded=offloaded,
-            least=lower_bound(gaps, room, self.size, cost),
+            least=0 if rough else lower_bound(gaps, room, self.size, cost),
             peak=tuple(settled + n + r - f for n, r, f in zip(pinned, room, free, strict=True)),
         )
 
-    def movement(self, gaps: Gaps, room: Sequence[int], cost: Sequence[int]) -> tuple[dict[Gap, int | None], list[int]]:
+    def movement(
+        self, gaps: Gaps, room: Sequence[int], cost: Sequence[int], thorough: bool
+    ) -> tuple[dict[Gap, int | None], list[int]]:
         """The unshards that remain, by need, and when their copies start; and the room that is left in each moment."""
-        dropped = self.drop(gaps, room, cost)
+        dropped = self.drop(gaps, room, cost, thorough)
         unshards = sorted([*dropped, *gaps.forced], key=lambda gap: gap.need)
         free = list(room)
         for gap in set(gaps.free) - dropped:
@@ -265,7 +224,7 @@ class _Planner:
         for first, stop in replace(gap, need=until).ranges(len(free)):
             free[first:stop] = [nbytes - self.size[gap.chunk] for nbytes in free[first:stop]]
 
-    def drop(self, gaps: Gaps, room: Sequence[int], cost: Sequence[int], thorough: bool = True) -> set[Gap]:
+    def drop(self, gaps: Gaps, room: Sequence[int], cost: Sequence[int], thorough: bool) -> set[Gap]:
         """The gaps that are not kept; if there are any, each moment has room for the next unshard, where possible."""
         kept = choose_kept(gaps, room, self.size, cost, thorough=False)
         dropped = {gap for gap, keep in zip(gaps.free, kept, strict=True) if not keep}
@@ -322,9 +281,26 @@ class _Planner:
             raise DoesNotFitError("host", least, self.host, None, None)
         return best
 
+    def search_time(self, fewest: Plan, speeds: Speeds, overlap: Overlap) -> Plan:
+        """The plan of the fewest seconds that was found; of equal ones, and before ``fewest`` bytes, that one."""
+        compute = sum(moment.seconds for index in self.counted for moment in self.traces[index].moments)
+        unit = compute / _ALIKE or 1e-9
+
+        def rate(plan: Plan, traces: Sequence[Trace]) -> Rating:
+            pairs = [(traces[index], plan.steps[index]) for index in self.counted]
+            seconds = sum(forecast(*pair, plan.on_device, self.chunks, speeds, overlap).seconds for pair in pairs)
+            return round(seconds / unit), *self.rating(plan)
+
+        def rough(homes: Homes) -> Rating:
+            return rate(Plan(homes, tuple(self.step(trace, homes, rough=True) for trace in self.short)), self.short)
+
+        known = sorted(range(len(self.chunks)), key=lambda chunk: not fewest.on_device[chunk])
+        found = search_homes([*self.orders(), known], self.fits, self.allowed, rough)
+        return min([fewest, *map(self.plan, found)], key=lambda plan: rate(plan, self.traces))
+
     def fits(self, homes: Homes) -> bool:
         """Whether the device holds every moment with these homes."""
-        return self.lack(homes)[0] <= 0
+        return self.lack(homes, self.short)[0] <= 0
 
     def allowed(self, homes: Homes) -> bool:
         """Whether the host holds the homes that are left to it."""
@@ -338,7 +314,7 @@ class _Planner:
     def estimate(self, homes: Homes) -> tuple[Rating, int]:
         """About what :meth:`rating` will be, and the bytes that are fetched, without the whole plan."""
         fetched = gathered = offloaded = 0
-        for trace in (self.traces[index] for index in self.counted):
+        for trace in (self.short[index] for index in self.counted):
             gaps, room, cost = self.instance(trace, homes)
             dropped = self.drop(gaps, room, cost, thorough=len(homes) <= FEW_CHUNKS)
             moved = self.moved(trace, homes, [*dropped, *gaps.forced])
@@ -354,7 +330,7 @@ class _Planner:
         """
         possible, remaining = [0] * len(self.chunks), [0] * len(self.chunks)
         first: dict[int, int] = {}
-        for trace in (self.traces[index] for index in self.counted):
+        for trace in (self.short[index] for index in self.counted):
             gaps, room, cost = self.instance(trace, self.all_hosted)
             dropped = self.drop(gaps, room, cost, thorough=False)
             for chunk in trace.uses:

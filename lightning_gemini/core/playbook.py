@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import statistics
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lightning_gemini.core.planner import StepPlan
+from lightning_gemini.core.forecast import Forecast
+from lightning_gemini.core.step_plan import StepPlan
 from lightning_gemini.core.trace import Trace
 
 #: Recordings of one kind of step in a row none of which has been met again, after which no more are made.
@@ -16,12 +19,38 @@ _FUTILE = 6
 _REMEMBERED = 16
 
 
+#: Steps of one form whose times are remembered.
+_TIMED = 64
+
+
 @dataclass(eq=False)
 class Known:
-    """One recorded step; ``plan`` is ``None`` until there is one."""
+    """One recorded step; ``plan`` is ``None`` until there is one, ``forecast`` if speeds are not known.
+
+    Attributes:
+        times: seconds that steps by this plan took on this rank, from their first moment to that of the next step.
+    """
 
     trace: Trace
     plan: StepPlan | None = None
+    forecast: Forecast | None = None
+    times: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMED))
+
+    @property
+    def predicted(self) -> float | None:
+        """How many seconds a step is expected to take."""
+        return None if self.forecast is None else self.forecast.seconds
+
+    @property
+    def measured(self) -> float | None:
+        """The median of ``times``: a pause now and then, such as an evaluation, does not count."""
+        times = tuple(self.times)  # a watchdog asks from another thread
+        return statistics.median(times) if times else None
+
+    def go_by(self, plan: StepPlan, forecast: Forecast | None) -> None:
+        """Steps go by ``plan`` from now on."""
+        self.plan, self.forecast = plan, forecast
+        self.times.clear()
 
     def resident(self, at: int) -> set[int]:
         """The chunks that are unsharded, or coming, when moment number ``at`` begins, by the plan."""
@@ -44,6 +73,8 @@ class Playbook:
         self._after: dict[Known | None, Known] = {}
         self._unknown: set[str] = set()  # kinds whose next step is to be recorded
         self._futile: Counter[str] = Counter()
+        self._timed: Known | None = None  # the step before the one under way, if it was followed
+        self._began = 0.0
 
     @property
     def known(self) -> Sequence[Known]:
@@ -97,8 +128,17 @@ class Playbook:
         self._went(known)
         return known
 
+    def begin(self, kind: str) -> Known | None:
+        """A step of ``kind`` begins, so the one before is over with its update; what :meth:`expect` says of it."""
+        now = time.perf_counter()
+        if self._timed is not None:
+            self._timed.times.append(now - self._began)
+        self._timed, self._began = None, now
+        return self.expect(kind)
+
     def followed(self, known: Known) -> None:
         """A step went as it was known."""
+        self._timed = known
         self._futile[known.trace.kind] = 0
         if known in self._known:
             self._known.remove(known)

@@ -9,6 +9,7 @@ import torch
 
 from lightning_gemini.core.chunk import Chunk
 from lightning_gemini.core.memory import MemoryProbe, Tier
+from lightning_gemini.core.streams import Laps
 from lightning_gemini.core.trace import Moment, Trace
 
 
@@ -31,6 +32,8 @@ class Recorder:
         self._opened: Moment | None = None  # without its memory, which its end tells
         self._foreign = 0  # bytes of chunks that are in use all through the step
         self._counted = 0  # bytes of chunks, when the moment began
+        self._laps = Laps(device.device)  # one for each moment
+        self._before = len(before)
 
     def begin(self, chunk: Chunk, reason: str, in_use: Collection[Chunk]) -> None:
         """A moment begins: ``chunk`` is usable now, and ``in_use`` are all chunks that are, it among them.
@@ -45,15 +48,26 @@ class Recorder:
         self._device.work_peak = self._device.work
         self._counted = self._device.used - self._device.work
         self._probe.reset()
+        self._laps.begin()
+
+    def pause(self) -> None:
+        """The compute of the moment under way is over: what follows is a wait for the next one's chunk."""
+        self._laps.end()
 
     def end(self, updates: bool) -> Trace:
-        """The step is over; ``updates`` says whether an update follows."""
+        """The step is over; ``updates`` says whether an update follows.
+
+        Waits for the device, to know how long it took.
+        """
         self._close()
-        return Trace(self._kind, tuple(self._moments), updates)
+        timed = zip(self._moments[self._before :], self._laps.seconds(), strict=True)
+        moments = [*self._moments[: self._before], *(replace(moment, seconds=s) for moment, s in timed)]
+        return Trace(self._kind, tuple(moments), updates)
 
     def _close(self) -> None:
         if self._opened is None:
             return
+        self._laps.end()
         other = max(self._device.work_peak, self._probe.peak() - self._counted) + self._foreign
         self._moments.append(replace(self._opened, other=other))
         self._opened = None

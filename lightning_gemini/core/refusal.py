@@ -177,7 +177,7 @@ def _smaller(footprints: Footprints) -> list[tuple[str, Footprints]]:
         found.append(
             ("split masters (master_weights='split')", replace(footprints, policy=replace(policy, master="split")))
         )
-    if policy.state == torch.float32 and footprints.halves_states:
+    if policy.state == torch.float32 and footprints.ruled:
         found.append(
             ("bf16 states (state_dtype='bf16')", replace(footprints, policy=replace(policy, state=torch.bfloat16)))
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 from lightning_gemini.core.chunk import Home
 from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.memory import Tier, format_bytes
 from lightning_gemini.core.playbook import Known
+from lightning_gemini.core.speeds import Speeds
 from lightning_gemini.core.store import Store
 
 
@@ -33,6 +35,7 @@ def memory_report(store: Store, known: Sequence[Known], updates: Iterable[ChunkU
     if (line := _update_line(store, [u for u in updates if not u.is_new], waiting)) is not None:
         lines.append(line)
     lines += [line for one in known if (line := _step_line(one)) is not None]
+    lines += [_speeds_line(expected.speeds) for one in known if (expected := one.forecast) is not None][:1]
     counters = store.counters
     if counters.unshards:
         lines.append(
@@ -91,7 +94,31 @@ def _step_line(known: Known) -> str | None:
     least = f" (the least with these homes and this memory: {format_bytes(plan.least)})"
     offloads = f", offloads {format_bytes(plan.offloaded)}" if plan.offloaded else ""
     most = max((a + m.other for a, m in zip(plan.peak, known.trace.moments, strict=True)), default=0)
-    return f"{known.trace.kind}: {' and '.join(moved)}{least}{offloads}; {format_bytes(most)} of the device at the most"
+    return (
+        f"{known.trace.kind}: {' and '.join(moved)}{least}{offloads}; {format_bytes(most)} of the device at the most"
+        f"{_times(known)}"
+    )
+
+
+def _times(known: Known) -> str:
+    """What a step was expected to take, and what it takes."""
+    text, expected = "", known.forecast
+    if expected is not None:
+        text += f"; {expected.seconds:.3g} s predicted"
+        if expected.host_update:
+            text += f" with {expected.update_hidden_share:.0%} of the updates in host memory hidden"
+    if known.measured is not None:
+        text += f"; {known.measured:.3g} s measured"
+    return text
+
+
+def _speeds_line(speeds: Speeds) -> str:
+    """What predictions are made of."""
+    bytes_per_second = {"fetches": speeds.fetch, "offloads": speeds.offload, "gathers": speeds.gather}
+    elements_per_second = {"in host memory": speeds.host_update, "on the device": speeds.device_update}
+    copies = [f"{what} {format_bytes(rate)}/s" for what, rate in bytes_per_second.items() if rate and isfinite(rate)]
+    updates = [f"{rate:.3g} parameters/s {where}" for where, rate in elements_per_second.items() if isfinite(rate)]
+    return f"speeds: {', '.join([*copies, *(f'updates {update}' for update in updates)])}"
 
 
 def _update_line(store: Store, updates: Sequence[ChunkUpdate], waiting: bool) -> str | None:

@@ -9,6 +9,7 @@ this rank's memory holds at the moment; on one rank there is nobody to agree wit
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Protocol
 
@@ -51,8 +52,7 @@ class Relief(Protocol):
     """Somebody who can make room on the device beside what a schedule frees."""
 
     def give_up_home(self, in_use: Collection[int]) -> bool:
-        """Gives up a home on the device of a chunk that is not ``in_use``, the same on all ranks; whether there was
-        one."""
+        """Gives up a chunk's home on the device, none ``in_use`` and the same on all ranks; whether there was one."""
 
     def move_home(self, in_use: Collection[int]) -> bool:
         """The same on this rank alone: what is gathered when does not depend on where a shard is."""
@@ -128,6 +128,8 @@ class Schedule:
         if chunk.pins:
             chunk.pin()
             return
+        if self._recorder is not None:
+            self._recorder.pause()
         self._advance(chunk)
         self._idle.pop(chunk.index, None)
         if not chunk.resident:
@@ -234,10 +236,8 @@ class Schedule:
         self._stop()
         self._expired.clear()
         for chunk in list(self._coming.values()):
-            try:
+            with suppress(GeminiError):  # the others have parted: it is freed all the same
                 self._store.abandon(chunk)
-            except GeminiError:  # the others have parted: it is freed all the same
-                continue
         for chunk in self._store.chunks:
             while chunk.pins:
                 chunk.unpin()
@@ -279,12 +279,12 @@ class Schedule:
 
     def _begin(self) -> None:
         self._step_kind = self._kind()
-        known = self.playbook.expect(self._step_kind)
+        known = self.playbook.begin(self._step_kind)
         if known is not None and known.plan is not None:
             self._go(Course.FOLLOWING)
             self._known = known
             self._free_all_but(known.plan.start)
-            self.journal.begin(known.trace.kind, known.trace.has_backward)
+            self.journal.begin(known.trace.kind, known.trace.has_backward, known.predicted)
             self.probe.reset()
             return
         self.free_idle()

@@ -29,6 +29,7 @@ from lightning_gemini.core.layout import ALIGNMENT, Layout, ParamSpec, plan_layo
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.placement import PlacementPolicy
 from lightning_gemini.core.report import chunk_states, gradient_states
+from lightning_gemini.core.speeds import Speeds
 from lightning_gemini.core.state_width import StateWidths
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.units import Unit, find_units
@@ -53,6 +54,7 @@ def shard(
     host_memory: int | None = None,
     chunk_size: int | Literal["auto"] = "auto",
     prefetch: int | None = None,
+    speeds: Speeds | None = None,
     unit_modules: Collection[str | type] = (),
     policy: DtypePolicy = DtypePolicy(),  # noqa: B008, it is frozen
     update: UpdatePolicy = UpdatePolicy(),  # noqa: B008, likewise
@@ -79,6 +81,8 @@ def shard(
         host_memory: bytes that chunks may use in host memory, ``None`` for no bound.
         chunk_size: elements in a chunk, or ``"auto"``.
         prefetch: the most chunks that are brought ahead of their need; ``None`` for as many as there is room for.
+        speeds: of copies and updates, the same on all ranks; ``None`` to measure them. With speeds given, plans on an
+            emulated device are made for the least time, too, and not for the fewest bytes.
         unit_modules: modules that are made usable as a whole (see :func:`units.find_units`).
         policy: the dtypes.
         update: when updates are made, and what becomes of gradients that are not finite.
@@ -138,6 +142,7 @@ def shard(
         homes="auto" if placement == "auto" and home is None else "fixed",
         narrow=placement == "host" or home is not None,
         depth=prefetch,
+        speeds=speeds,
     )
     engine = Engine(model, params, dtypes, store, optimizers, units, footprints, moves, check)
     collectives.pulse.sections |= {

@@ -8,13 +8,23 @@ The compute stream is whatever stream is current where a method is called.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
+
+#: What no clock can tell from nothing, in seconds.
+_SHORTEST = 1e-7
+
+#: Seconds after which repetitions have shown what they can, and how many there are at the least and at the most.
+_LONG_ENOUGH, _FEWEST, _MOST = 4e-3, 2, 64
+
+#: A point in time: seconds on the host, or an event on the device.
+_Instant = float | torch.cuda.Event
 
 
 class Mark(Protocol):
@@ -147,3 +157,74 @@ class Stopwatch:
                     self._pending.appendleft((before, after))
                     return
                 self._seconds += before.elapsed_time(after) / 1000
+
+
+class Laps:
+    """How long the compute stream of ``device`` works between :meth:`begin` and :meth:`end`, again and again.
+
+    On CUDA from one timing event on the compute stream to another, so what the host does meanwhile does not count
+    unless the device has to wait for it. Off CUDA it is what the host takes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._laps: list[tuple[_Instant, _Instant]] = []
+        self._began: _Instant | None = None
+
+    def begin(self) -> None:
+        """A lap begins; one that is under way ends."""
+        self.end()
+        self._began = _instant(self._device)
+
+    def end(self) -> None:
+        """The lap under way ends, if there is one."""
+        if self._began is not None:
+            self._laps.append((self._began, _instant(self._device)))
+            self._began = None
+
+    def seconds(self) -> list[float]:
+        """Of each lap that has ended; waits for the device to have come so far."""
+        return [_seconds_between(*lap) for lap in self._laps]
+
+
+def best_seconds(device: torch.device, work: Callable[[], object], times: int | None = None) -> float:
+    """The least that ``work`` takes when it is repeated on the current stream of ``device``; the host waits.
+
+    Args:
+        times: repetitions; ``None`` for as many as take some milliseconds, after a first one that does not count.
+    """
+
+    def repeated(times: int, patience: float) -> float:
+        laps, start = Laps(device), time.perf_counter()
+        for done in range(times):
+            if done >= _FEWEST and time.perf_counter() - start > patience:
+                break
+            laps.begin()
+            work()
+            laps.end()
+        return max(min(laps.seconds()), _SHORTEST)
+
+    if times is not None:
+        return repeated(times, math.inf)
+    work()
+    if device.type != "cuda":
+        return repeated(_MOST, _LONG_ENOUGH)
+    once = repeated(1, math.inf)  # the host's clock does not tell
+    return min(once, repeated(min(max(int(_LONG_ENOUGH / once), _FEWEST), _MOST), math.inf))
+
+
+def _instant(device: torch.device) -> _Instant:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds_between(before: _Instant, after: _Instant) -> float:
+    if isinstance(before, float) or isinstance(after, float):
+        assert isinstance(before, float)
+        assert isinstance(after, float)
+        return after - before
+    after.synchronize()
+    return float(before.elapsed_time(after)) / 1000

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from lightning_gemini.core.errors import ConfigurationError
 
-#: The form of the JSON; it grows whenever a reader of the older form would read something wrong.
-FORMAT = 1
+#: The form of the JSON; it grows whenever a reader of the older form would read something wrong, or refuse it.
+FORMAT = 2
 
 #: Rank 0's file; the other ranks' names are those of :func:`file_name`.
 FILE_NAME = "gemini_step.json"
@@ -129,6 +129,8 @@ class Timeline:
         report: the memory report, as text.
         update_seconds: of the updates in host memory that began with the step before this one.
         update_waited: seconds that anybody waited for them.
+        predicted: seconds that the plan expects from the step's beginning to that of the next one, the update between
+            them included; ``None`` if nothing is expected.
     """
 
     kind: str
@@ -141,6 +143,7 @@ class Timeline:
     report: str
     update_seconds: float
     update_waited: float
+    predicted: float | None = None
 
     @property
     def update_hidden_share(self) -> float | None:
@@ -284,6 +287,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "int": _whole,
     "int | None": lambda value: None if value is None else _whole(value),
     "float": _number,
+    "float | None": lambda value: None if value is None else _number(value),
     "bool": _of(bool, "true or false"),
     "str": _of(str, "a text"),
     "tuple[int, ...]": _whole_list,

@@ -19,6 +19,7 @@ class Moment:
         pinned: all chunks that are in use at some time during the moment, ``chunk`` among them, ascending.
         other: the most bytes on the device during the moment that are neither unsharded chunks nor homes: gradient
             buffers, activations.
+        seconds: how long the moment's own computing takes, without any wait for a chunk.
     """
 
     chunk: int
@@ -26,6 +27,7 @@ class Moment:
     backward: bool
     pinned: tuple[int, ...]
     other: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,26 @@ class Trace:
         """Whether any moment belongs to a backward, so that gradients come of the step."""
         return any(moment.backward for moment in self.moments)
 
+    @cached_property
+    def condensed(self) -> Trace:
+        """The same step with moments joined that follow each other, begin with the same chunk and pin the same ones."""
+        joined: list[Moment] = []
+        for moment in self.moments:
+            before = joined[-1] if joined else None
+            if before is None or (before.chunk, before.pinned) != (moment.chunk, moment.pinned):
+                joined.append(moment)
+                continue
+            joined[-1] = replace(
+                before,
+                backward=before.backward or moment.backward,
+                other=max(before.other, moment.other),
+                seconds=before.seconds + moment.seconds,
+            )
+        return replace(self, moments=tuple(joined))
+
 
 def merge(traces: Sequence[Trace]) -> Trace:
-    """The same step as several ranks have seen it: in each moment the most ``other`` bytes and all pinned chunks.
+    """The same step as several ranks have seen it: in each moment the most of all that they saw.
 
     Raises:
         ValueError: there is no trace, or they differ in kind, in updates or in the order of chunks.
@@ -112,6 +131,7 @@ def merge(traces: Sequence[Trace]) -> Trace:
                 same[0],
                 pinned=tuple(sorted(set().union(*(moment.pinned for moment in same)))),
                 other=max(moment.other for moment in same),
+                seconds=max(moment.seconds for moment in same),
             )
             for same in zip(*(trace.moments for trace in traces), strict=True)
         ),
