@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_gemini.budgets import Budgets
 from lightning_gemini.core import ConfigurationError, Engine, UpdatePolicy, shard
 from lightning_gemini.core.construct import leave_meta, load_on_meta, return_to_meta, to_host
+from lightning_gemini.core.errors import ended_together
 from lightning_gemini.even import even, require_even
 from lightning_gemini.handover import hand_back
 from lightning_gemini.precision import GeminiPrecision
@@ -132,7 +133,7 @@ class GeminiStrategy(RankStrategy):
         self._engine: Engine | None = None
         self._unbuilt: set[nn.Parameter] = set()
         self._exact: dict[nn.Parameter, Tensor] = {}  # of a checkpoint, until there are chunks
-        self._failed = False
+        self._failed = self._parted = False
 
     @property
     def engine(self) -> Engine:
@@ -198,7 +199,7 @@ class GeminiStrategy(RankStrategy):
         require_supported(trainer.callbacks)
         if self._update == "in_backward":
             require_no_waiting_gradients(trainer)
-        self._failed = False
+        self._failed = self._parted = False
         self.model = self.lightning_module
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._reset_optimizers_and_schedulers()
@@ -254,9 +255,9 @@ class GeminiStrategy(RankStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        self._failed = True
-        self.abandon_processes(failed=True)
-        if self._engine is not None:
+        self._failed, self._parted = True, not ended_together(exception)
+        self.abandon_processes(failed=self._parted)
+        if self._engine is not None and self._parted:
             self._engine.leave(exception)
 
     @override
@@ -268,8 +269,7 @@ class GeminiStrategy(RankStrategy):
         if self._engine is not None:
             if not self._failed:
                 write_step(self._trainer, self._engine)
-            parted = self._failed and self.world_size > 1
-            hand_back(self._engine, parted, self._budgets.host_bytes(self.num_processes))
+            hand_back(self._engine, self._parted and self.world_size > 1, self._budgets.host_bytes(self.num_processes))
             self._engine = None
         if isinstance(self._precision_plugin, GeminiPrecision):
             self._precision_plugin.engine = None
@@ -358,7 +358,7 @@ class GeminiStrategy(RankStrategy):
     @contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        with self.engine.accumulate():
+        with self.engine.accumulate(hear=True):  # Lightning itself lets the ranks wait for each other after each batch
             yield
 
     # Checkpoints: for now one ordinary Lightning file, written by rank 0

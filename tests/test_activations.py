@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_gemini.core import Engine, OutOfBudgetError, shard
+from lightning_gemini.core.course import Course
 from lightning_gemini.core.memory import MemoryProbe
-from lightning_gemini.core.schedule import Course
 from tests.outcomes import group
 from tests.ranks import run_ranks
 

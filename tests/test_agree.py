@@ -316,7 +316,6 @@ def test_the_model_after_an_exception_on_all_ranks_and_the_next_fit() -> None:
     plain = Module()
     trainer("auto", max_steps=2).fit(plain, loader())
     for found in run_ranks(_fail_and_go_on, 2):
-        for values in (*found["kept"], found["host"][1]):
+        for values in (*found["kept"], *found["host"]):
             torch.testing.assert_close(values, [p.detach() for p in plain.parameters()], rtol=2e-3, atol=3e-4)
-        assert all(value.isnan().all() for value in found["host"][0])
         assert all(found["small"])

@@ -149,7 +149,7 @@ def fails_on_the_way(model: nn.Module, optimizers: list[Optimizer], engine: Engi
             except StoppedError:
                 engine.abort()
                 assert engine.store.device.work == 0
-                assert not engine._schedule._in_use
+                assert not engine._schedule.residents.in_use
             else:
                 assert nth > 8
                 engine._schedule.acquire = acquire

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_gemini.core import Home, StateError, shard
+from lightning_gemini.core.course import Course
 from lightning_gemini.core.playbook import Known, Playbook
-from lightning_gemini.core.schedule import Course
 from lightning_gemini.core.step_plan import StepPlan
 from lightning_gemini.core.trace import Moment, Trace
 

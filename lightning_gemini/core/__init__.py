@@ -13,6 +13,7 @@ from lightning_gemini.core.errors import (
     PeerError,
     StaleGraphError,
     StateError,
+    StepFailedError,
 )
 from lightning_gemini.core.layout import Layout, ParamSpec, plan_layout
 from lightning_gemini.core.shard import shard
@@ -35,6 +36,7 @@ __all__ = [
     "PeerError",
     "StaleGraphError",
     "StateError",
+    "StepFailedError",
     "UpdatePolicy",
     "plan_layout",
     "shard",

@@ -135,10 +135,15 @@ class ShardAverage:
         """Moves what belongs to ``chunk`` to another tier."""
         for held in (self._averages, self._backups):
             if (value := held.get(chunk.index)) is not None:
-                tier.take(value.nbytes, f"the average of chunk {chunk.index}")
-                self._store.tier_of(chunk).give(value.nbytes)
-                with torch.inference_mode(False):
-                    held[chunk.index] = torch.empty_like(value, device=tier.device).copy_(value)
+                what = f"the average of chunk {chunk.index}"
+                tier.take(value.nbytes, what)
+                try:
+                    moved = tier.empty(value.numel(), value.dtype, what).copy_(value)
+                except BaseException:
+                    tier.give(value.nbytes)
+                    raise
+                (self._store.host if tier is self._store.device else self._store.device).give(value.nbytes)
+                held[chunk.index] = moved
 
     def _settled(self, index: int) -> Chunk:
         """A chunk whose average is what it is to be."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_gemini.core.errors import StateError
 from lightning_gemini.core.layout import ChunkSpec, ParamSpec
+from lightning_gemini.core.memory import Tier
 
 
 class ChunkState(IntEnum):  # an Enum's hash is slow, and every unit moves chunks through the table below
@@ -130,10 +131,19 @@ class Chunk:
         """Whether the chunk is unsharded, so that its parameters have their values."""
         return self.state in (ChunkState.HELD, ChunkState.COMPUTE)
 
-    def allocate(self) -> None:
-        """FREE -> COMING: gives ``full`` its storage, with undefined content."""
+    def allocate(self, tier: Tier) -> None:
+        """FREE -> COMING: gives ``full`` its storage in ``tier``, with undefined content.
+
+        Raises:
+            OutOfBudgetError: the system has no memory for it.
+        """
         self._move(ChunkState.COMING)
-        self.full.untyped_storage().resize_(self.spec.nbytes)
+        storage, nbytes = self.full.untyped_storage(), self.spec.nbytes
+        try:
+            tier.allocate(lambda: storage.resize_(nbytes), nbytes, f"chunk {self.index}")
+        except BaseException:
+            self._move(ChunkState.FREE)
+            raise
 
     def hold(self) -> None:
         """COMING -> HELD, once ``full`` has been filled: the parameters see their values."""

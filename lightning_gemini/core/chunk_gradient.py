@@ -92,6 +92,11 @@ class ChunkGradient:
         assert shard is not None
         return shard
 
+    @property
+    def wanted(self) -> bool:
+        """Whether any parameter is to have a gradient."""
+        return any(param.requires_grad for param in self.chunk.params)
+
     def move(self, state: GradientState) -> None:
         if (self.state, state) not in _TRANSITIONS:
             raise StateError(

@@ -118,10 +118,20 @@ class ChunkUpdate:
         for segment in self._ready:
             missing = sum(segment.state.get(name) is None for name in rule.state_names)
             if missing:
-                self._take(missing * segment.numel * self._policy.state.itemsize)
-                with torch.inference_mode(False):
-                    like = self.chunk.shard[segment.start : segment.stop]
-                    self._made[segment] = rule.states(dict(segment.state), like, self._policy.state)
+                self._made[segment] = self._make(rule, segment, missing * segment.numel * self._policy.state.itemsize)
+
+    def _make(self, rule: Rule, segment: Segment, nbytes: int) -> tuple[Tensor, ...]:
+        like = self.chunk.shard[segment.start : segment.stop]
+        self._take(nbytes)
+        try:
+            with torch.inference_mode(False):
+                return self._tier.allocate(
+                    lambda: rule.states(dict(segment.state), like, self._policy.state), nbytes, self._what
+                )
+        except BaseException:
+            self._tier.give(nbytes)
+            self.state_bytes -= nbytes
+            raise
 
     def job(self, rule: Rule) -> Callable[[], None]:
         """The update by ``rule`` in one pass, with the settings and the gradient of now; after :meth:`prepare`.
@@ -219,9 +229,14 @@ class ChunkUpdate:
         """
         if self.is_new:
             return
-        tier.take(self.state_bytes, f"the optimizer state of chunk {self.chunk.index}")
-        self._tier.give(self.state_bytes)
-        self.shard.move(tier.device)
+        tier.take(self.state_bytes, self._what)
+        try:
+            tier.allocate(lambda: self.shard.move(tier.device), self.state_bytes, self._what)
+        except BaseException:
+            tier.give(self.state_bytes)
+            raise
+        other = self._store.host if tier is self._store.device else self._store.device
+        other.give(self.state_bytes)
 
     def forget_state(self) -> None:
         """Drops the optimizer's state."""
@@ -229,8 +244,12 @@ class ChunkUpdate:
             self.shard.segments.clear()
             self.count_state()
 
+    @property
+    def _what(self) -> str:
+        return f"the optimizer state of chunk {self.chunk.index}"
+
     def _take(self, nbytes: int) -> None:
-        self._tier.take(nbytes, f"the optimizer state of chunk {self.chunk.index}")
+        self._tier.take(nbytes, self._what)
         self.state_bytes += nbytes
 
     def _seed(self, rule: Rule, segment: Segment) -> int:

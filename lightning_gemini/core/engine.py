@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any
 
 import torch
@@ -17,13 +16,16 @@ from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.counters import Counters
+from lightning_gemini.core.drain import Drain
 from lightning_gemini.core.errors import ConfigurationError, StateError
+from lightning_gemini.core.failure import Failures, in_a_word
 from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.guard import Guard, require_same_parameters
 from lightning_gemini.core.layout import Layout
 from lightning_gemini.core.norms import Norms
 from lightning_gemini.core.optimizers import Optimizers
+from lightning_gemini.core.phase import Phase
 from lightning_gemini.core.placement import Placement, PlacementPolicy
 from lightning_gemini.core.report import memory_report
 from lightning_gemini.core.schedule import Schedule
@@ -32,15 +34,7 @@ from lightning_gemini.core.store import Store
 from lightning_gemini.core.summon import Summoner
 from lightning_gemini.core.timeline import Timeline
 from lightning_gemini.core.units import Unit
-from lightning_gemini.core.verdict import Verdict
-
-
-class Phase(Enum):
-    """What may be done with an engine."""
-
-    LIVE = "live"  #: forward, backward, step
-    SUMMONED = "summoned"  #: the parameters are ordinary tensors for a while; nothing is scheduled
-    RELEASED = "released"  #: the model is an ordinary module again; nothing
+from lightning_gemini.core.verdict import N_FLAGS, Verdict
 
 
 class Engine:
@@ -68,23 +62,24 @@ class Engine:
         self.layout: Layout = store.layout
         self.store = store
         self._phase = Phase.LIVE
-        self._torn = False
         self._params = list(params)
         self._index_of = {param: index for index, param in enumerate(params)}
         policy, self._update = footprints.policy, footprints.update
         self._schedule = Schedule(store, lambda: self._step.kind)
         self._gradients = Gradients(store, policy)
         self._placement = Placement(store, self._schedule, self._gradients, footprints, placement, bool(optimizers))
-        self._ballot = Ballot(store, self._gradients)
-        self._norms = Norms(store, self._ballot)
-        self._summoner = Summoner(store, params, dtypes)
         self._buffers = Buffers(model, store.collectives)
         self._buffers.sync_all()
+        self._failures = Failures(store.collectives, store.device.device, self.abort, self._gradients.discard)
+        self._ballot = Ballot(store, self._gradients, self._failures, N_FLAGS + len(self._buffers.changed()))
+        self._norms = Norms(store, self._ballot)
+        self._summoner = Summoner(store, params, dtypes)
         self.units = list(units)
-        events = (check, self._is_live, self.abort, self._placement.recorded)
-        self._step = Step(params, self.units, store, self._schedule, self._gradients, *events)
+        drain = Drain(store, self._schedule, self._gradients, self._ballot, self._failures, self)
+        events = (check, self._is_live, drain, self._placement.recorded)
+        self._step: Step = Step(params, self.units, store, self._schedule, self._gradients, *events)
         self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: not self._is_live())
-        parts = (self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, self._schedule)
+        parts = (self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, self._placement)
         self._verdict = Verdict(store, *parts, self._update)
         chunks = (store, self._schedule, self._gradients)
         notice, dropped, updated = self._step.notice_failure, self._step.stand_ins.forget, self._guard.updated
@@ -140,14 +135,19 @@ class Engine:
             raise
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Around the forward and backward of a micro-batch that no step follows: shards add up in fp32."""
+    def accumulate(self, hear: bool = False) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch that no step follows: shards add up in fp32.
+
+        At its end, with ``hear``, or at the next use of the engine it raises if it failed on another rank.
+        """
         self._require_waiting_gradients("accumulate gradients")
         before, self._gradients.accumulating = self._gradients.accumulating, True
         try:
             yield
         finally:
             self._gradients.accumulating = before
+        if hear:
+            self._failures.check()
 
     def scale(self, loss: Tensor) -> Tensor:
         """``loss`` times the loss scale, if there is one, at least in fp32; gradients are read without it again."""
@@ -165,15 +165,14 @@ class Engine:
 
     def tear(self) -> None:
         """Says that chunks that are kept whole do not hold the weights on all of their parts any more."""
-        self._torn = True
+        self._failures.torn = True
 
     def leave(self, error: BaseException) -> None:
         """This rank cannot go on because of ``error``; the other ranks end with its text instead of waiting for ever.
 
         What is on this rank stays, but nothing can be gathered any more. On one rank nothing happens.
         """
-        text = str(error).strip()
-        self.store.collectives.leave(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+        self.store.collectives.leave(in_a_word(error))
 
     def doubt(self, loss: Tensor) -> None:
         """Has the next step fail if ``loss`` is not finite though it should be; see ``hidden``."""
@@ -310,7 +309,7 @@ class Engine:
         if self._phase is Phase.RELEASED:
             return True
         self.store.host_updates.close()
-        torn = self._torn or self.optimizers.stepping
+        torn = self._failures.torn or self.optimizers.stepping
         self.abort()
         self.optimizers.remove()
         self._step.remove()
@@ -354,8 +353,7 @@ class Engine:
     def _may_update(self, gradients: list[ChunkGradient]) -> bool:
         self._require_phase("take a step")  # what has failed in the background is for all ranks to hear of
         self._step.uses.check_idle()
-        if self._schedule.moving:
-            self._step.end(updates=True)
+        self._step.end(updates=True)
         if may := self._verdict.may_update(gradients, self._inspect):
             self._placement.make_room_for(gradients)
         return may
@@ -394,6 +392,7 @@ class Engine:
     def _require_live(self, action: str) -> None:
         self._require_phase(action)
         self.store.host_updates.check()
+        self._failures.check()
 
     def _require_phase(self, action: str) -> None:
         if self._phase is not Phase.LIVE:

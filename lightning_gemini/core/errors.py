@@ -19,6 +19,14 @@ class OutOfBudgetError(GeminiError, MemoryError):
     """Chunks that are needed at the same time do not fit the memory they were given."""
 
 
+class StepFailedError(OutOfBudgetError):
+    """Memory ran out in a step, on this rank or another one; all ranks raise it.
+
+    Weights, masters and optimizer states are as they were before the step, its gradients are dropped, and training can
+    go on in the same process, with a smaller batch say.
+    """
+
+
 class DisagreementError(GeminiError, RuntimeError):
     """The ranks do not do the same thing: another model, another order of units, another layout."""
 
@@ -41,3 +49,18 @@ class UpdateError(GeminiError, RuntimeError):
 
 class NonFiniteError(GeminiError, ArithmeticError):
     """A value that must be finite is NaN or infinite; weights and states are as they were before the step."""
+
+
+def end_together(error: Exception) -> Exception:
+    """``error``, marked as one that ends a step on all ranks: none of them waits for another."""
+    error.ended_together = True  # type: ignore[attr-defined]
+    return error
+
+
+def ended_together(error: BaseException) -> bool:
+    """Whether all ranks have agreed to end their step because of ``error``, so that they can go on together.
+
+    It is true of every :class:`StepFailedError`, of whatever else one rank raised in such a step, and of the
+    :class:`PeerError` that the others raise then.
+    """
+    return bool(getattr(error, "ended_together", False))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError, OutOfBudgetError
 from lightning_gemini.core.landing import Landings
 from lightning_gemini.core.memory import BufferPool, Tier
+from lightning_gemini.core.reduction import ReducedNothing, Reduction
 from lightning_gemini.core.slabs import Slabs
 from lightning_gemini.core.store import Store
 
@@ -41,17 +41,6 @@ _MAX_IN_FLIGHT, _PATIENCE_SECONDS = 2, 1.0
 
 #: Buffers of this part of the parameters' bytes stay from one backward to the next: page faults cost 2% of a step.
 _SPARED_SHARE = 8
-
-
-@dataclass(frozen=True, eq=False)
-class _Reduction:
-    """A reduction under way; ``marks`` says which parameters have a gradient, if that cannot wait for the step."""
-
-    gradient: ChunkGradient
-    pending: Pending
-    out: Tensor
-    scratch: Tensor | None
-    marks: tuple[Tensor, Pending] | None
 
 
 class Gradients:
@@ -91,7 +80,7 @@ class Gradients:
         self._next = 0
         self._in_step = True  # the ranks have come to each reduction at about the same time
         self._completed: list[int] | None = [] if self._collectives.world_size > 1 else None  # until it is learnt
-        self._in_flight: deque[_Reduction] = deque()
+        self._in_flight: deque[Reduction] = deque()
         self.accumulating = False
         self.loss_scale = self._late_scale = 1.0
         self.consume: Callable[[ChunkGradient], None] | None = None
@@ -131,7 +120,7 @@ class Gradients:
         self._late_scale = self.loss_scale
         several = self._collectives.world_size > 1
         for gradient in self._order[self._next :]:  # on one rank: of all, those that are incomplete
-            if several and gradient.state is GradientState.EMPTY and _wants_gradient(gradient.chunk):
+            if several and gradient.state is GradientState.EMPTY and gradient.wanted:
                 self._open(gradient)
             if gradient.state is GradientState.FILLING:
                 self._complete(gradient)
@@ -144,6 +133,12 @@ class Gradients:
         self._landings.collect()
         self._transient.clear(self._spared)
         self.loss_scale = 1.0  # the next loss says its own
+
+    def reduce_nothing(self) -> ReducedNothing:
+        """Takes part in the reductions that are left in this backward, for the other ranks; :meth:`reset` follows."""
+        left = [g.chunk for g in self._order[self._next :] if g.state is not GradientState.EMPTY or g.wanted]
+        sizes = [(chunk.spec.numel, self._policy.reduce_dtype(chunk.full.dtype)) for chunk in left]
+        return ReducedNothing(sizes, self._collectives, self._transient, [one.pending for one in self._in_flight])
 
     def reduce_late(self, gradients: Sequence[ChunkGradient]) -> None:
         """Reduces what came after its chunk's turn, on this rank or another; all ranks call with the same ones."""
@@ -160,9 +155,9 @@ class Gradients:
         self._landings.wait()
         self.loss_scale = 1.0
 
-    def discard(self, chunks: list[ChunkGradient]) -> None:
-        """Forgets the gradients of ``chunks``, reduced or not."""
-        for gradient in chunks:
+    def discard(self, chunks: Sequence[ChunkGradient] | None = None) -> None:
+        """Forgets the gradients of ``chunks``, or of all of them, reduced or not."""
+        for gradient in self.chunks.values() if chunks is None else chunks:
             if gradient.shard is not None:
                 self._shard_pool(gradient.chunk).put(gradient.shard)
                 gradient.shard = None
@@ -242,31 +237,36 @@ class Gradients:
         while self._next < len(self._order):
             gradient = self._order[self._next]
             if gradient.state is not GradientState.READY:
-                if _wants_gradient(gradient.chunk):
+                if gradient.wanted:
                     return
             else:
                 self._reduce(gradient)
             self._next += 1
 
     def _reduce(self, gradient: ChunkGradient) -> None:
-        gradient.move(GradientState.REDUCING)
-        gradient.reduced = True
         assert gradient.buffer is not None
         full, what = gradient.buffer, f"the reduced gradient of chunk {gradient.chunk.index}"
         if self._collectives.world_size == 1:
-            gradient.buffer = None
+            gradient.move(GradientState.REDUCING)
+            gradient.reduced, gradient.buffer = True, None
             gradient.move(GradientState.EMPTY)
             self._keep(gradient, full)
             return
         while len(self._in_flight) >= _MAX_IN_FLIGHT and self._finish_if_done():
             pass
-        out = self._get(self._result_pool(gradient.chunk), gradient.chunk.own.numel(), full.dtype, what)
-        scratch_numel = self._collectives.scratch_numel(full.numel())
-        scratch = self._get(self._transient, scratch_numel, full.dtype, what) if scratch_numel else None
+        pool, scratch_numel = self._result_pool(gradient.chunk), self._collectives.scratch_numel(full.numel())
+        out = self._get(pool, gradient.chunk.own.numel(), full.dtype, what)
+        try:
+            scratch = self._get(self._transient, scratch_numel, full.dtype, what) if scratch_numel else None
+        except BaseException:
+            pool.put(out)
+            raise
+        gradient.move(GradientState.REDUCING)
+        gradient.reduced = True
         if full.dtype == torch.float16:
             full.mul_(1 / self._collectives.world_size)  # here, and not after the sum, which could overflow
         pending = self._collectives.reduce_scatter(full, out, scratch, what)
-        self._in_flight.append(_Reduction(gradient, pending, out, scratch, self._exchange_marks(gradient)))
+        self._in_flight.append(Reduction(gradient, pending, out, scratch, self._exchange_marks(gradient)))
         self._store.counters.reduces += 1
         self._store.counters.reduced_bytes += full.nbytes - out.nbytes
 
@@ -330,8 +330,10 @@ class Gradients:
         origin = self._result_pool(chunk)
         pool = self._transient if chunk.home is Home.HOST else self._device_shards
         if part.dtype != keep or origin is not pool:
-            moved = self._get(pool, part.numel(), keep, _shard_of(chunk)).copy_(part)
-            origin.put(part)
+            try:
+                moved = self._get(pool, part.numel(), keep, _shard_of(chunk)).copy_(part)
+            finally:
+                origin.put(part)
             part = moved
         if chunk.home is Home.HOST:
             alone = gradient.shard is None and not self.accumulating
@@ -391,7 +393,3 @@ class Gradients:
 
 def _shard_of(chunk: Chunk) -> str:
     return f"the gradient shard of chunk {chunk.index}"
-
-
-def _wants_gradient(chunk: Chunk) -> bool:
-    return any(param.requires_grad for param in chunk.params)

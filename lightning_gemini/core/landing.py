@@ -51,7 +51,11 @@ class Landings:
         if gradient.landing is not None:
             self.wait()
         what = f"the gradient shard of chunk {gradient.chunk.index}"
-        landing = self._store.slabs.get(part.numel(), part.dtype, what)
+        try:
+            landing = self._store.slabs.get(part.numel(), part.dtype, what)
+        except BaseException:
+            self._origin.put(part)
+            raise
         lane = self._store.offloading
         with lane.after_compute():
             landing.copy_(part, non_blocking=True)

@@ -26,9 +26,7 @@ class Master:
     def __init__(self, kind: MasterWeights, numel: int, tier: Tier, what: str) -> None:
         self.tier = tier
         dtype = torch.int16 if kind == "split" else torch.float32
-        tier.take(numel * dtype.itemsize, what)
-        with torch.inference_mode(False):
-            self.part = torch.zeros(numel, dtype=dtype, device=tier.device)
+        self.part = _taken(numel, dtype, tier, what).zero_()
 
     def values(self, shard: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """The fp32 values of ``start:stop`` of the shard: a view of the master itself, or joined from the halves."""
@@ -59,12 +57,19 @@ class Master:
         """
         if tier is self.tier:
             return
-        tier.take(self.part.nbytes, "master weights")
+        self.part = _taken(self.part.numel(), self.part.dtype, tier, "master weights").copy_(self.part)
         self.tier.give(self.part.nbytes)
-        with torch.inference_mode(False):
-            self.part = torch.empty_like(self.part, device=tier.device).copy_(self.part)
         self.tier = tier
 
     def release(self) -> None:
         """Gives the memory back."""
         self.tier.give(self.part.nbytes)
+
+
+def _taken(numel: int, dtype: torch.dtype, tier: Tier, what: str) -> Tensor:
+    tier.take(numel * dtype.itemsize, what)
+    try:
+        return tier.empty(numel, dtype, what)
+    except BaseException:
+        tier.give(numel * dtype.itemsize)
+        raise

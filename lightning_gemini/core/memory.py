@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_gemini.core.errors import ConfigurationError, OutOfBudgetError
+
+T = TypeVar("T")
+
+#: What torch says where it has no type of its own for it: the CPU's allocator, and cuBLAS for its workspace.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -45,6 +50,40 @@ def format_bytes(nbytes: float) -> str:
     return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory has run out."""
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        return any(text in str(error) for text in _OUT_OF_MEMORY)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+class Allocator:
+    """Takes memory from the system for a tier; every allocation of the engine that may fail goes through it."""
+
+    def run(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns, which allocates.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: the system has no memory for it (see :func:`out_of_memory`).
+        """
+        return make()
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """An allocation that the system refused at first.
+
+    Attributes:
+        what: it was for.
+        nbytes: of it.
+        freed: what was freed for it, for people, in that order.
+    """
+
+    what: str
+    nbytes: int
+    freed: tuple[str, ...]
+
+
 @dataclass
 class Tier:
     """One kind of memory: bytes in use, their peak, and the bytes that may be in use.
@@ -53,6 +92,10 @@ class Tier:
     ``refusal`` says in words that there is no room for so many bytes of something; a sentence by default.
     ``work`` is the part of ``used`` that lives for a moment of a step only, such as gradient buffers; ``work_peak`` is
     the most of it since somebody set it back.
+
+    What is counted and what the system has are two things: :meth:`take` counts, :meth:`allocate` asks the system. If
+    that refuses, ``relieve`` frees one thing after the other and says what it was; ``shortages`` are the refusals that
+    this has helped against, until somebody plans for less.
     """
 
     name: Literal["device", "host"]
@@ -64,6 +107,10 @@ class Tier:
     work_peak: int = 0
     spare: Callable[[int], None] | None = None
     refusal: Callable[[int, str], str] | None = None
+    relieve: Callable[[], Iterator[str]] | None = None
+    allocator: Allocator = field(default_factory=Allocator)
+    shortages: list[Shortage] = field(default_factory=list)
+    _relieving: bool = False
 
     def room(self, nbytes: int) -> bool:
         """Whether ``nbytes`` more are allowed."""
@@ -105,6 +152,62 @@ class Tier:
         if work:
             self.work -= nbytes
 
+    def allocate(self, make: Callable[[], T], nbytes: int, what: str) -> T:
+        """What ``make`` returns, which allocates ``nbytes`` for ``what``; they are counted already.
+
+        Raises:
+            OutOfBudgetError: the system has no memory for it, whatever is freed.
+        """
+        try:
+            return self.allocator.run(make)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            refusal = error
+        freed: list[str] = []
+        for one in self._relief():
+            freed.append(one)
+            try:
+                made = self.allocator.run(make)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                continue
+            self.shortages.append(Shortage(what, nbytes, tuple(name for name in freed if name)))
+            return made
+        raise OutOfBudgetError(
+            f"{what} needs {format_bytes(nbytes)} of {self.name} memory, and the system does not give them, though "
+            f"chunks use {format_bytes(self.used)} of {format_bytes(self.capacity or self.used)} only ({refusal}). "
+            f"Lower {self.name}_memory, or leave a larger margin."
+        ) from refusal
+
+    def empty(self, numel: int, dtype: torch.dtype, what: str) -> Tensor:
+        """A flat tensor with undefined content, of bytes that are counted already.
+
+        Raises:
+            OutOfBudgetError: see :meth:`allocate`.
+        """
+
+        def make() -> Tensor:
+            with torch.inference_mode(False):
+                return torch.empty(numel, dtype=dtype, device=self.device)
+
+        return self.allocate(make, numel * dtype.itemsize, what)
+
+    def _relief(self) -> Iterator[str]:
+        """Frees what can be spared; what is allocated for that purpose gets no relief of its own."""
+        if self._relieving:
+            return
+        self._relieving = True
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            yield ""
+            if self.relieve is not None:
+                yield from self.relieve()
+        finally:
+            self._relieving = False
+
 
 class BufferPool:
     """Flat buffers of a tier, kept for the next use: fresh host memory costs a page fault per 4 KiB.
@@ -127,8 +230,11 @@ class BufferPool:
         if not self._tier.room(nbytes):
             self.clear()
         self._tier.take(nbytes, what, self._work)
-        with torch.inference_mode(False):
-            return torch.empty(numel, dtype=dtype, device=self._tier.device)
+        try:
+            return self._tier.empty(numel, dtype, what)
+        except BaseException:
+            self._tier.give(nbytes, self._work)
+            raise
 
     def drop(self, buffer: Tensor) -> None:
         """Takes back a buffer whose memory is not to be used again."""

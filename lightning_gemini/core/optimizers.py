@@ -88,6 +88,11 @@ class Optimizers:
         """Whether a step of any of them is under way, or ended in an exception half-way."""
         return any(chunks.stepping for chunks in self._known)
 
+    @property
+    def early(self) -> bool:
+        """Whether any of them has updated chunks within the backward under way."""
+        return any(chunks.early for chunks in self._known)
+
     def gradients(self, optimizer: Optimizer | None) -> list[ChunkGradient]:
         """The gradients of what ``optimizer`` updates; all there are if it is ``None``."""
         return self._every if optimizer is None else self._of(optimizer).gradients

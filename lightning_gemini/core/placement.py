@@ -15,13 +15,15 @@ from typing import Literal
 
 from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState
+from lightning_gemini.core.course import Course
 from lightning_gemini.core.errors import OutOfBudgetError
+from lightning_gemini.core.failure import warn_of_shortage
 from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.forecast import Forecast, Overlap, forecast
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.planner import DoesNotFitError, plan
 from lightning_gemini.core.refusal import activations_do_not_fit, device_cannot_shrink, device_is_full
-from lightning_gemini.core.schedule import Course, Schedule
+from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.speedometer import exchange
 from lightning_gemini.core.speeds import Speeds
 from lightning_gemini.core.step_plan import ChunkBytes, Plan, StepPlan
@@ -30,6 +32,9 @@ from lightning_gemini.core.trace import Moment, Trace, merge
 
 #: Unsharded chunks beside those in use where the device is to hold little: one that comes, and two that are idle.
 _WINDOW_CHUNKS = 3
+
+#: The part of the budget that goes, at least, when memory runs out.
+_LEAST_CUT = 20
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Placement:
         self._overlap = Overlap(copies=not emulated, updates=in_background)
         # On a GPU the first step also loads kernels and chooses between them: its times say little.
         self._cold = policy.speeds is None and not emulated
+        self._told_of_shortage = False
         self._agreed = [chunk.home is not Home.HOST for chunk in store.chunks]  # a rank may have fewer on the device
         schedule.relief = self
         store.device.refusal = self._refusal
@@ -179,6 +185,32 @@ class Placement:
         capacity = self._store.device.capacity
         if capacity is not None and max(every) > capacity:
             raise device_cannot_shrink(max(every), capacity)
+
+    def complaints(self) -> tuple[bool, bool]:
+        """Whether steps have grown on this rank, and whether memory has run out, so that plans have to be others."""
+        return self._schedule.grown, bool(self._store.device.shortages)
+
+    def heed(self, grown: bool, short: bool) -> None:
+        """Does something about the complaints of any rank; all ranks call."""
+        if grown:
+            self._schedule.record_again()
+        if short:
+            self._plan_for_less()
+
+    def _plan_for_less(self) -> None:
+        """Lowers the budget by what was lacking, at least by a twentieth, and plans anew if that is possible."""
+        device, shortages = self._store.device, self._store.device.shortages
+        lacking = max((shortage.nbytes for shortage in shortages), default=0)
+        every = self._store.collectives.gather_objects((lacking, tuple(shortages)))
+        before = device.capacity
+        if before is not None and self._schedule.moving:
+            with suppress(OutOfBudgetError):  # it has been enough for this step: there is nothing to be gained
+                self.rebudget(before - max(before // _LEAST_CUT, *(nbytes for nbytes, _ in every)))
+        shortages.clear()
+        told = device.capacity != before or not self._told_of_shortage
+        self._told_of_shortage = True
+        if told and self._store.collectives.rank == 0:
+            warn_of_shortage(next(found for _, found in every if found), device)
 
     def _plan(self, traces: Sequence[Trace], homes: Literal["auto"] | Sequence[bool]) -> Plan:
         sizes = self._sizes()
@@ -309,7 +341,7 @@ class Placement:
 
     def _refusal(self, nbytes: int, what: str) -> str:
         movable = self._policy.homes == "auto"
-        return device_is_full(self._store, self._schedule.in_use_bytes, movable, nbytes, what)
+        return device_is_full(self._store, self._schedule.residents.in_use_bytes, movable, nbytes, what)
 
     def _with_reserve(self, trace: Trace) -> Trace:
         """``trace`` with room for the buffers of reductions: how many are under way at a time is not the same twice."""

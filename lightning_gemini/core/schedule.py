@@ -8,44 +8,25 @@ this rank's memory holds at the moment; on one rank there is nobody to agree wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from enum import Enum
 from typing import Protocol
 
 from lightning_gemini.core.chunk import Chunk, ChunkState, Home
-from lightning_gemini.core.errors import GeminiError, StateError
+from lightning_gemini.core.course import COURSES, Course
+from lightning_gemini.core.errors import OutOfBudgetError, StateError
 from lightning_gemini.core.footprint import trained
 from lightning_gemini.core.journal import Journal
 from lightning_gemini.core.memory import MemoryProbe
 from lightning_gemini.core.playbook import Known, Playbook
 from lightning_gemini.core.recorder import Recorder
+from lightning_gemini.core.residents import Residents
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.trace import Moment, Trace
 
 #: Idle chunks that stay unsharded without a plan. One is often needed again at once (a parent's weight, the last unit
 #: of the forward), the second bridges a parameter between two uses; more would be a guess.
 IDLE_CHUNKS = 2
-
-
-class Course(Enum):
-    """What a step goes by."""
-
-    NONE = "none"  #: no step is under way
-    RECORDING = "recording"  #: least-recently-used, and what happens is written down
-    FOLLOWING = "following"  #: the plan of a step that was recorded
-    ASTRAY = "astray"  #: least-recently-used: no step that is known; what it does from there on is written down
-
-
-_COURSES = {
-    (Course.NONE, Course.RECORDING),
-    (Course.NONE, Course.FOLLOWING),
-    (Course.NONE, Course.ASTRAY),
-    (Course.FOLLOWING, Course.ASTRAY),
-    (Course.RECORDING, Course.NONE),
-    (Course.FOLLOWING, Course.NONE),
-    (Course.ASTRAY, Course.NONE),
-}
 
 
 class Relief(Protocol):
@@ -70,6 +51,7 @@ class Schedule:
 
     Attributes:
         playbook: the steps that are known.
+        residents: the chunks that are unsharded.
         probe: measures what is on the device beside chunks.
         journal: writes steps down for people.
         moving: whether chunks may be freed at all; if not, parameters are always resident.
@@ -88,9 +70,7 @@ class Schedule:
         self._begun: list[int] = []  # the chunks that moments of the step under way have begun with
         self._known: Known | None = None  # the step that is followed
         self._recorder: Recorder | None = None
-        self._idle: dict[int, Chunk] = {}  # resident and unused, the oldest first
-        self._coming: dict[int, Chunk] = {}  # begun before somebody needs them
-        self._in_use: dict[int, Chunk] = {}
+        self.residents = Residents(store)
         self._expired: set[int] = set()  # updated in the backward under way
         self.journal = Journal(store)
         self.limit: int | None = None
@@ -99,17 +79,13 @@ class Schedule:
         self._pulse = store.collectives.pulse
         self._pulse.sections["Step"] = self._describe
         store.device.spare = self._spare if store.layout.world_size == 1 else self._spare_homes
+        store.device.relieve = self._relieve
         self.moving = any(chunk.home is not Home.FULL for chunk in store.chunks)
 
     @property
     def course(self) -> Course:
         """What the step under way goes by."""
         return self._course
-
-    @property
-    def in_use_bytes(self) -> int:
-        """Bytes of the unsharded chunks that somebody needs now and that may be freed afterwards."""
-        return sum(chunk.spec.nbytes for chunk in self._in_use.values() if chunk.home is not Home.FULL)
 
     def acquire(self, chunk: Chunk, reason: str) -> None:
         """Makes ``chunk`` resident for ``reason`` (a unit's name) and pins it until :meth:`release`.
@@ -131,32 +107,29 @@ class Schedule:
         if self._recorder is not None:
             self._recorder.pause()
         self._advance(chunk)
-        self._idle.pop(chunk.index, None)
+        held = self.residents
+        held.idle.pop(chunk.index, None)
         if not chunk.resident:
             with self._store.waits.measure():
                 self._bring(chunk, reason)
         chunk.pin()
-        self._in_use[chunk.index] = chunk
+        held.in_use[chunk.index] = chunk
         if self._recorder is not None:
-            self._recorder.begin(chunk, reason, self._in_use.values())
+            self._recorder.begin(chunk, reason, held.in_use.values())
         self._prefetch()
         if self.journal.writing:
-            self.journal.moment(chunk, reason, self._in_use, self._idle, self._coming)
+            self.journal.moment(chunk, reason, held.in_use, held.idle, held.coming)
 
     def release(self, chunk: Chunk) -> None:
         """Ends one use; a chunk nobody uses any more becomes idle."""
         chunk.unpin()
         if chunk.pins:
             return
-        self._in_use.pop(chunk.index, None)
-        if chunk.home is Home.FULL:
-            return
+        self.residents.rest(chunk)
         if chunk.index in self._expired:
-            self._store.reshard(chunk)
-            return
-        self._idle[chunk.index] = chunk
-        while self._course is not Course.FOLLOWING and len(self._idle) > IDLE_CHUNKS:
-            self._free_oldest()
+            self.residents.drop(chunk)
+        if self._course is not Course.FOLLOWING:
+            self._keep_few_idle()
 
     def renew(self, chunk: Chunk, refill: bool = True) -> None:
         """The shard of ``chunk`` changes: brings the new values if it is kept or in use, frees it if it is idle.
@@ -171,8 +144,8 @@ class Schedule:
         self._store.arrivals.updated(chunk)
         if not refill:
             self._expired.add(chunk.index)
-        if chunk.index in self._idle or chunk.index in self._coming:
-            self._drop(chunk)
+        if chunk.index in self.residents.idle or chunk.index in self.residents.coming:
+            self.residents.drop(chunk)
         elif chunk.resident and refill:
             self._store.refill(chunk, "its new values after a step")
 
@@ -209,7 +182,7 @@ class Schedule:
                 trace = Trace(self._step_kind, self._known.trace.moments[: len(self._begun)], updates)
         self._stop()
         if updates:
-            self._free_all_but([c.index for c in self._store.chunks if not trained(c.spec)])
+            self.residents.drop_all_but([c.index for c in self._store.chunks if not trained(c.spec)])
         return trace
 
     def resume(self) -> None:
@@ -217,9 +190,14 @@ class Schedule:
         known = self.playbook.expect()
         if self._course is not Course.NONE or known is None or known.plan is None:
             return
-        self._free_all_but(known.plan.start)
-        for index in known.plan.start:
-            self._begin_to_bring(self._store.chunks[index], "the next step")
+        self.residents.drop_all_but(known.plan.start)
+        if self._store.layout.world_size == 1:
+            for index in known.plan.start:
+                self._begin_to_bring(self._store.chunks[index], "the next step")
+            return
+        self.residents.owe(known.plan.start)
+        with suppress(OutOfBudgetError):  # no step is under way that could fail: the next one tries again
+            self.residents.begin_owed()
 
     def record_again(self) -> None:
         """Has the next step of each kind recorded, because one has grown on some rank; all ranks call."""
@@ -229,33 +207,60 @@ class Schedule:
 
     def free_idle(self) -> None:
         """Frees all chunks that nobody uses."""
-        self._free_all_but(())
+        self.residents.drop_all_but(())
 
     def reset(self) -> None:
         """Frees whatever is unsharded, in use or not; after a failed step and before the end."""
         self._stop()
         self._expired.clear()
-        for chunk in list(self._coming.values()):
-            with suppress(GeminiError):  # the others have parted: it is freed all the same
-                self._store.abandon(chunk)
-        for chunk in self._store.chunks:
-            while chunk.pins:
-                chunk.unpin()
-            if chunk.home is not Home.FULL and chunk.resident:
-                self._store.reshard(chunk)
-        for held in (self._idle, self._coming, self._in_use):
-            held.clear()
+        self.residents.reset()
+
+    def foresee(self) -> Trace | None:
+        """The step under way, or the one that is beginning, as it is known; ``None`` if it goes by no plan."""
+        known = self._known
+        if self._course is Course.NONE:
+            known = self.playbook.expect(self._kind())
+        return known.trace if known is not None and known.plan is not None else None
+
+    def drain(self) -> None:
+        """Does with chunks what is left to be done by the plan of the step, for the other ranks, who compute.
+
+        Nobody on this rank uses a chunk any more. The moment in which the step failed may have come to its end, or not:
+        what it has not gathered yet is gathered now.
+
+        Raises:
+            OutOfBudgetError: there is no room for a chunk, now or ever; the ranks are not in step any more.
+        """
+        held = self.residents
+        held.let_go()
+        self.journal.cancel()
+        trace = self.foresee()
+        assert trace is not None
+        order = trace.order
+        if not self._begun:
+            self._advance(self._store.chunks[order[0]])
+        while True:
+            chunk = self._store.chunks[order[len(self._begun) - 1]]
+            held.idle.pop(chunk.index, None)
+            if not chunk.resident:
+                held.bring(chunk, "a step that has failed on this rank")
+            held.rest(chunk)
+            self._prefetch()
+            if len(self._begun) == len(order):
+                return
+            self._advance(self._store.chunks[order[len(self._begun)]])
 
     def _describe(self) -> str:
         """The step under way, in words; waits for nothing."""
         of = f" of {len(self._known.trace.order)} by its plan" if self._known is not None else ""
         step = f"{self._step_kind!r}, {self._course.name.lower()}: moment {len(self._begun)}{of}, {self._pulse.unit}"
-        return f"{step}; began with chunks {self._begun[-20:]}; coming: {sorted(self._coming)}"
+        return f"{step}; began with chunks {self._begun[-20:]}; coming: {sorted(self.residents.coming)}"
 
     # The moments of a step
 
     def _advance(self, chunk: Chunk) -> None:
         """A moment begins with ``chunk``: finds out what to go by, and frees what has to go."""
+        self.residents.begin_owed()
         if self._course is Course.NONE:
             self._begin()
         if self._store.arrivals.waiting:
@@ -272,10 +277,10 @@ class Schedule:
                 self._lose_way(self._known.trace.moments[:at])
                 return
             self._known = other
-            self._free_all_but(other.resident(at))
+            self.residents.drop_all_but(other.resident(at))
         assert self._known.plan is not None
         for index in self._known.plan.evict[at]:
-            self._drop(self._store.chunks[index])
+            self.residents.drop(self._store.chunks[index])
 
     def _begin(self) -> None:
         self._step_kind = self._kind()
@@ -283,7 +288,7 @@ class Schedule:
         if known is not None and known.plan is not None:
             self._go(Course.FOLLOWING)
             self._known = known
-            self._free_all_but(known.plan.start)
+            self.residents.drop_all_but(known.plan.start)
             self.journal.begin(known.trace.kind, known.trace.has_backward, known.predicted)
             self.probe.reset()
             return
@@ -302,10 +307,13 @@ class Schedule:
         self.journal.cancel()
         if self.playbook.worth_recording(self._step_kind):
             self._recorder = Recorder(self._step_kind, self._store.device, self.probe, moments)
-        for chunk in list(self._coming.values()):
-            self._drop(chunk)
-        while len(self._idle) > IDLE_CHUNKS:
-            self._free_oldest()
+        for chunk in list(self.residents.coming.values()):
+            self.residents.drop(chunk)
+        self._keep_few_idle()
+
+    def _keep_few_idle(self) -> None:
+        while len(self.residents.idle) > IDLE_CHUNKS:
+            self.residents.drop_oldest()
 
     def _look_for_growth(self) -> None:
         capacity = self._store.device.capacity
@@ -322,7 +330,7 @@ class Schedule:
         self.journal.mark()
 
     def _go(self, course: Course) -> None:
-        if (self._course, course) not in _COURSES:
+        if (self._course, course) not in COURSES:
             raise StateError(f"a step cannot go from {self._course.name} to {course.name}")
         self._course = course
 
@@ -335,20 +343,13 @@ class Schedule:
     def _bring(self, chunk: Chunk, reason: str) -> None:
         if chunk.state is ChunkState.FREE:
             self._find_room(chunk.spec.nbytes)
-            self._store.start(chunk, reason)
-        else:
-            self._coming.pop(chunk.index)
-            self._store.counters.prefetched += 1
-        self._store.finish(chunk)
+        self.residents.bring(chunk, reason)
 
     # Room
 
     def _begin_to_bring(self, chunk: Chunk, reason: str) -> None:
-        alone = self._store.layout.world_size == 1
-        if chunk.state is not ChunkState.FREE or (alone and self._lacks(chunk.spec.nbytes)):
-            return
-        self._store.start(chunk, reason, ahead=True)
-        self._coming[chunk.index] = chunk
+        if self._store.layout.world_size > 1 or not self._lacks(chunk.spec.nbytes):
+            self.residents.begin(chunk, reason)
 
     def _lacks(self, nbytes: int) -> bool:
         """Whether there is no room for so many bytes more of unsharded chunks."""
@@ -362,11 +363,11 @@ class Schedule:
         if self._store.layout.world_size == 1 and self._lacks(nbytes):
             self.relief.reclaim()  # on several ranks the limit is one of unsharded chunks
         while self._lacks(nbytes):
-            if self._idle:
-                self._free_oldest()
-            elif self._coming:
-                self._drop(next(iter(self._coming.values())))
-            elif not self.relief.give_up_home(self._in_use):
+            if self.residents.idle:
+                self.residents.drop_oldest()
+            elif self.residents.coming:
+                self.residents.drop(next(iter(self.residents.coming.values())))
+            elif not self.relief.give_up_home(self.residents.in_use):
                 return  # the tier says what is wrong
 
     def _spare(self, nbytes: int) -> None:
@@ -374,27 +375,26 @@ class Schedule:
         self.relief.reclaim()
         if self._course is not Course.NONE:
             self._find_room(nbytes)
-        while self._lacks(nbytes) and self._idle:
-            self._free_oldest()
+        while self._lacks(nbytes) and self.residents.idle:
+            self.residents.drop_oldest()
 
     def _spare_homes(self, nbytes: int) -> None:
         """On several ranks: how much gradients take at one time is a matter of timing, and no other rank's."""
         self.relief.reclaim()
         while self._course is not Course.NONE and not self._store.device.room(nbytes):
-            if not self.relief.move_home(self._in_use):
+            if not self.relief.move_home(self.residents.in_use):
                 return
 
-    def _free_all_but(self, kept: Collection[int]) -> None:
-        for chunk in (*self._idle.values(), *self._coming.values()):
-            if chunk.index not in kept:
-                self._drop(chunk)
-
-    def _free_oldest(self) -> None:
-        self._drop(next(iter(self._idle.values())))
-
-    def _drop(self, chunk: Chunk) -> None:
-        """Frees a chunk that nobody uses; one that is coming arrives first."""
-        if self._coming.pop(chunk.index, None) is not None:
-            self._store.abandon(chunk)
-        elif self._idle.pop(chunk.index, None) is not None:
-            self._store.reshard(chunk)
+    def _relieve(self) -> Iterator[str]:
+        """The system has no memory left, whatever is counted: frees one thing after the other, and says what."""
+        before = self._store.device.work
+        self.relief.reclaim()
+        yield "pooled gradient buffers" if self._store.device.work < before else ""
+        alone = self._store.layout.world_size == 1
+        while alone and (spared := self.residents.idle or self.residents.coming):
+            index = next(iter(spared))
+            self.residents.drop(self._store.chunks[index])
+            yield f"chunk {index}"
+        give_up = self.relief.give_up_home if alone else self.relief.move_home
+        while self._course is not Course.NONE and give_up(self.residents.in_use):
+            yield "a home on the device"

@@ -68,14 +68,19 @@ class SegmentedShard:
 
     def move(self, device: torch.device) -> None:
         """Copies the state to ``device``: what has an element or a block for each of the shard's, and code books."""
+        states = [
+            (segment.state, key, value)
+            for segment in self.segments
+            for key, value in segment.state.items()
+            if isinstance(value, Tensor) and value.dim()
+        ]
         moved: dict[int, Tensor] = {}  # by what it was: segments share code books
         with torch.inference_mode(False):
-            for segment in self.segments:
-                for key, value in segment.state.items():
-                    if isinstance(value, Tensor) and value.dim():
-                        if id(value) not in moved:
-                            moved[id(value)] = torch.empty_like(value, device=device).copy_(value)
-                        segment.state[key] = moved[id(value)]
+            for _, _, value in states:
+                if id(value) not in moved:
+                    moved[id(value)] = torch.empty_like(value, device=device).copy_(value)
+        for state, key, value in states:
+            state[key] = moved[id(value)]
         self._device = device
 
     def slot_states(self) -> Iterator[tuple[int, range, State]]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gemini.core.access import SavedTensors
+from lightning_gemini.core.course import Course
+from lightning_gemini.core.drain import Drain
 from lightning_gemini.core.errors import HiddenReadError, StateError
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.hidden import HiddenReads
@@ -29,7 +31,7 @@ class Step:
         params: the managed parameters, in the order of the layout.
         check: whether every step is watched for reads that hooks cannot see.
         live: whether chunks are in charge of the parameters now.
-        abort: drops everything that is under way.
+        drain: ends a step that fails.
         recorded: called with the trace of a step that was recorded, and whether it was accumulating.
 
     Attributes:
@@ -47,7 +49,7 @@ class Step:
         gradients: Gradients,
         check: bool,
         live: Callable[[], bool],
-        abort: Callable[[], None],
+        drain: Drain,
         recorded: Callable[[Trace, bool], None],
     ) -> None:
         specs = store.layout.params
@@ -61,9 +63,10 @@ class Step:
         self._moving = schedule.moving
         self._gradients = gradients
         self._live = live
-        self._abort = abort
+        self._drain = drain
         self._recorded = recorded
         self._scope: str | None = None  # the name of the step under way, if somebody gave one
+        self._depth = 0  # of scopes in which no chunk moves
         self._backwards = 0  # in the step under way
         self.uses = Uses(store, schedule, units)
         self.hidden = HiddenReads(self.uses, self._names, check)
@@ -80,7 +83,7 @@ class Step:
     def forward(self, name: str) -> Iterator[None]:
         """See :meth:`Engine.forward`."""
         if not self._moving:
-            with self._pulse.step(name):
+            with self._pulse.step(name), self._unmoved(name):
                 yield
             return
         outermost = not self.running
@@ -94,7 +97,7 @@ class Step:
             if not torch.is_grad_enabled():
                 self._tags.settle()  # in training the update does
         except BaseException as error:
-            self._abort()
+            self._fail(error)
             if isinstance(error, HiddenReadError):
                 self.hidden.suspect()
             if isinstance(error, RuntimeError) and "support saved tensor hooks" in str(error):
@@ -112,9 +115,37 @@ class Step:
             watched = self.hidden.watch("backward") if self._moving else nullcontext()
             with self._pulse.step("a backward"), self._hooks.backward(), watched:
                 yield
-        except BaseException:
-            self._abort()
+        except BaseException as error:
+            self._fail(error)
             raise
+
+    @contextmanager
+    def _unmoved(self, name: str) -> Iterator[None]:
+        """A step in which chunks stay where they are: there is nothing to be done unless it fails."""
+        if not self._depth:
+            self.end(updates=False)
+            self._scope = name
+        self._depth += 1
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            self._depth -= 1
+
+    def _fail(self, error: BaseException) -> None:
+        """Ends the step under way; raises if that is to be done with another error."""
+        raised = self._drain.end(error, self)
+        if raised is not error:
+            raise raised
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step has begun, by name or in a backward, and no update has come since."""
+        if self._moving and self._schedule.course is not Course.NONE:
+            return True
+        return self._scope is not None if self._moving else self._scope is not None or self._hooks.running
 
     @property
     def kind(self) -> str:
@@ -127,6 +158,7 @@ class Step:
     def end(self, updates: bool) -> None:
         """The step under way is over, if there is one; ``updates`` tells whether an update follows."""
         self._scope, self._backwards = None, 0
+        self._drain.step_over()
         trace = self._schedule.end(updates)
         if trace is not None:
             self._recorded(trace, self._gradients.accumulating)
@@ -137,6 +169,11 @@ class Step:
         """Forgets the forward and the backward under way."""
         self._pulse.abandon()
         self._scope, self._backwards = None, 0
+        self._drain.step_over()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Drops what is held of modules and of autograd's graph, but not the name of the step."""
         self.stand_ins.forget()
         self._hooks.reset()
         self.uses.reset()
@@ -206,6 +243,7 @@ class Step:
         ends = declared or self._gradients.begun  # autograd.grad leaves no gradient anywhere
         if ends:
             self._gradients.end_backward()
+            self._drain.backward_over(self.kind)
         self.uses.backward_over()
         self.stand_ins.place()
         self._backwards += 1
@@ -213,7 +251,7 @@ class Step:
             self.end(updates=not self._gradients.accumulating)
 
     def backward_failed(self) -> None:
-        self._abort()
+        self._drain.abort()
 
 
 def _refuse_transforms(unit: Unit) -> None:

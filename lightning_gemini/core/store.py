@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -169,8 +170,12 @@ class Store:
     def _allocate(self, chunk: Chunk, what: str) -> None:
         """FREE -> COMING, and counted."""
         self.device.take(chunk.spec.nbytes, what)
+        try:
+            chunk.allocate(self.device)
+        except BaseException:
+            self.device.give(chunk.spec.nbytes)
+            raise
         self.unsharded_bytes += chunk.spec.nbytes
-        chunk.allocate()
 
     def reshard(self, chunk: Chunk) -> None:
         """HELD or COMING -> FREE; nothing is copied, the shard holds the same values."""
@@ -251,29 +256,40 @@ class Store:
         _ = chunk.shard  # with what is kept beside it, it may be in the hands of an update
         self.fetching.mark().wait()  # a copy of a chunk that was dropped may still read what is given back here
         before, tier = chunk.home, self.host if home is Home.HOST else self.device
-        master = None if chunk.index in self._aside else self.masters.get(chunk.index)
-        if tier is not self.tier_of(chunk):
-            total = chunk.shard.nbytes + sum(one.beside_bytes(chunk) for one in self.beside)
-            total += 0 if master is None else master.part.nbytes
-            tier.require(total, f"chunk {chunk.index} with its optimizer state")
-            for one in self.beside:
-                one.move(chunk, tier)
-            if master is not None:
-                master.move(tier)
-            self.counters.rehomed_bytes += total
-        if home is Home.FULL:
-            if not chunk.resident:
-                self._allocate(chunk, f"chunk {chunk.index}")
-                chunk.own.copy_(chunk.shard)
-                chunk.hold()
-            shard = chunk.own
-        else:
-            shard = self._new_shard(chunk.spec, home)
-            shard.copy_(chunk.shard)
+        away = tier is not self.tier_of(chunk)
+        shard = self._move_all(chunk, home, tier) if away else self._copy_shard(chunk, home)
         self._give_shard(chunk)
         chunk.settle(home, shard)
         if Home.FULL in (before, home):  # it may be freed from now on, or no more
             self.unsharded_bytes += chunk.spec.nbytes * (1 if before is Home.FULL else -1)
+
+    def _move_all(self, chunk: Chunk, home: Home, tier: Tier) -> Tensor:
+        """Moves what is beside the shard to another tier, and copies the shard there; all of it or nothing."""
+        master = None if chunk.index in self._aside else self.masters.get(chunk.index)
+        total = chunk.shard.nbytes + sum(one.beside_bytes(chunk) for one in self.beside)
+        total += 0 if master is None else master.part.nbytes
+        tier.require(total, f"chunk {chunk.index} with its optimizer state")
+        moved: list[Callable[[Tier], None]] = []
+        try:
+            for move in (*(partial(one.move, chunk) for one in self.beside), *((master.move,) if master else ())):
+                move(tier)
+                moved.append(move)
+            shard = self._copy_shard(chunk, home)
+        except BaseException:
+            for move in reversed(moved):
+                move(self.tier_of(chunk))
+            raise
+        self.counters.rehomed_bytes += total
+        return shard
+
+    def _copy_shard(self, chunk: Chunk, home: Home) -> Tensor:
+        if home is not Home.FULL:
+            return self._new_shard(chunk.spec, home).copy_(chunk.shard)
+        if not chunk.resident:
+            self._allocate(chunk, f"chunk {chunk.index}")
+            chunk.own.copy_(chunk.shard)
+            chunk.hold()
+        return chunk.own
 
     def compact(self) -> None:
         """Gives back the host memory that shards have left, by moving those that lie in one slab with it.
@@ -300,8 +316,11 @@ class Store:
         if home is Home.HOST:
             return self.slabs.get(numel, dtype, what).zero_()
         self.device.take(numel * dtype.itemsize, what)
-        with torch.inference_mode(False):
-            return torch.zeros(numel, dtype=dtype, device=self.device.device)
+        try:
+            return self.device.empty(numel, dtype, what).zero_()
+        except BaseException:
+            self.device.give(numel * dtype.itemsize)
+            raise
 
     def _give_shard(self, chunk: Chunk) -> None:
         if chunk.home is Home.HOST:
@@ -326,8 +345,7 @@ class Store:
             a new flat tensor on the device; all ranks take part.
         """
         numel = self.layout.chunks[index].numel * len(shard) // self.layout.shard_numel(index)
-        with torch.inference_mode(False):
-            full = torch.empty(numel, dtype=shard.dtype, device=self.device.device)
+        full = self.device.empty(numel, shard.dtype, f"the whole of chunk {index}")
         self.collectives.shard_of(full).copy_(shard)
         self.collectives.gather(full, f"what belongs to chunk {index}").wait()
         return full

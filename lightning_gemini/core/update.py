@@ -92,6 +92,11 @@ class OptimizerOnChunks:
         """Whether a step is under way, or ended in an exception: some chunks may have been updated and others not."""
         return self._stepping or self._store.host_updates.failed
 
+    @property
+    def early(self) -> bool:
+        """Whether chunks have been updated before their step."""
+        return bool(self._done_early)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of this optimizer's parameters.
 

@@ -12,10 +12,13 @@ from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient, square_sum
 from lightning_gemini.core.errors import DisagreementError, GeminiError, NonFiniteError
 from lightning_gemini.core.gradients import Gradients
-from lightning_gemini.core.schedule import Schedule
+from lightning_gemini.core.placement import Placement
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.update_policy import UpdatePolicy
 from lightning_gemini.optim.loss_scale import LossScale
+
+#: What the ranks agree on before an update, beside gradients and buffers.
+N_FLAGS = 3
 
 
 class Verdict:
@@ -27,7 +30,7 @@ class Verdict:
         ballot: how the ranks agree.
         buffers: the model's; those that have changed are brought to all ranks.
         suspect: called when any rank has failed.
-        schedule: has steps recorded again if they have grown on any rank.
+        placement: plans anew if steps have grown, or memory has run out, on any rank.
         policy: what becomes of steps with gradients that are not finite.
     """
 
@@ -38,7 +41,7 @@ class Verdict:
         ballot: Ballot,
         buffers: Buffers,
         suspect: Callable[[], None],
-        schedule: Schedule,
+        placement: Placement,
         policy: UpdatePolicy,
     ) -> None:
         self._store = store
@@ -46,7 +49,7 @@ class Verdict:
         self._ballot = ballot
         self._buffers = buffers
         self._suspect = suspect
-        self._schedule = schedule
+        self._placement = placement
         self._policy = policy
         self._used: list[Tensor] = []
 
@@ -64,6 +67,7 @@ class Verdict:
             GeminiError: this rank cannot make it; nothing has changed.
             DisagreementError: another rank cannot.
             NonFiniteError: gradients are not finite, and that is not to be skipped.
+            StepFailedError, PeerError: the step has failed on another rank.
         """
         sound = self._vote(chunks, inspect)
         broken = None if sound else self._first_broken(chunks)
@@ -95,10 +99,9 @@ class Verdict:
         except GeminiError as error:
             failure = error
         used, self._used = self._used, []
-        flags = [failure is not None, self._schedule.grown, *self._buffers.changed()]
-        sound, (failed, grown, *changed) = self._ballot.settle(chunks, flags, used)
-        if grown:
-            self._schedule.record_again()
+        flags = [failure is not None, *self._placement.complaints(), *self._buffers.changed()]
+        sound, (failed, grown, short, *changed) = self._ballot.settle(chunks, flags, used)
+        self._placement.heed(grown, short)
         if failed:
             self._gradients.discard(chunks)  # they may be what was wrong
             self._suspect()
