@@ -17,6 +17,7 @@ from lightning_gemini import GeminiPrecision, GeminiStrategy
 from lightning_gemini.core import ConfigurationError, DtypePolicy, Home, NonFiniteError, StateError, UpdatePolicy, shard
 from tests import cases
 from tests.lightning_cases import Module, loader, trainer
+from tests.placing import in_groups, language_model, lm_step
 from tests.ranks import run_ranks
 
 EARLY = UpdatePolicy("in_backward")
@@ -208,3 +209,17 @@ def test_gradients_of_another_optimizer_cannot_be_dropped() -> None:
     ours.step()
     with pytest.raises(StateError, match=r"another optimizer's, keep these parameters out of it with self.toggle_opt"):
         theirs.zero_grad()
+
+
+@pytest.mark.parametrize(("device", "host"), [(45, 90), (60, 60)])
+def test_homes_change_places_in_tight_host_memory(device: int, host: int) -> None:
+    """States are there before the plan is: a home goes to the host when another one has left it."""
+    model = language_model(layers=4, hidden=64)
+    need = 12 * sum(param.numel() for param in model.parameters())
+    optimizers = in_groups(model)
+    memory = {"device_memory": need * device // 100, "host_memory": need * host // 100}
+    engine = shard(model, optimizers, placement="auto", policy=MIXED, update=EARLY, **memory)
+    for seed in range(4):
+        lm_step(model, optimizers, seed)
+    assert {chunk.home for chunk in engine.store.chunks} == {Home.FULL, Home.HOST}
+    engine.release()

@@ -28,7 +28,7 @@ def fits_whole(footprints: Footprints, device: Tier, host: Tier, placement: Plac
     Where that need not be decided for good, with what is frozen now but has an optimizer: once it is unfrozen it takes
     as much as the rest.
     """
-    if placement == "host" or (host.capacity is not None and footprints.aside > host.capacity):
+    if placement == "host" or (host.capacity is not None and footprints.frozen_masters > host.capacity):
         return False
     if placement == "auto":
         updated = frozenset(chunk.index for chunk in footprints.layout.chunks if chunk.kind.updated)
@@ -51,7 +51,7 @@ def first_homes(
         OutOfBudgetError: it does not fit; with what is needed and what would make it fit.
     """
     every = footprints.all()
-    aside = footprints.aside
+    aside = footprints.frozen_masters if placement == "device" else footprints.aside
     count, several = len(every), footprints.layout.world_size > 1
     homes = sum(one.kept for one in every)
     chunks, unit = working_set(footprints.layout, units)
@@ -63,7 +63,7 @@ def first_homes(
         host_holds=placement != "device",
     )
     if device.capacity is not None and need.working_set > device.capacity:
-        raise model_does_not_fit(need, device, host, aside if placement == "device" else aside + homes)
+        raise model_does_not_fit(need, device, host, aside + (0 if placement == "device" else homes))
     if placement == "device":
         if not several or homes + need.working_set > (device.capacity or 0) or not host.room(aside):
             raise model_does_not_fit(need, device, host, aside)

@@ -18,6 +18,10 @@ from lightning_gemini.core.update_policy import UpdatePolicy
 _REDUCING_AT_ONCE = 3
 
 
+#: Updates within a backward that are under way in the background at one time: their gradients are there meanwhile.
+EARLY_AT_ONCE = 2
+
+
 @dataclass(frozen=True)
 class Footprint:
     """The bytes of one chunk on one rank, by what they are for.
@@ -104,6 +108,19 @@ class Footprints:
 
     @property
     def aside(self) -> int:
+        """Bytes of host memory on one rank beside homes, if there are any homes there."""
+        return self.frozen_masters + self.landing
+
+    @property
+    def landing(self) -> int:
+        """Bytes of gradients in host memory that are used within their backward, at one time."""
+        if self.update.when == "at_step":
+            return 0
+        sizes = [spec.nbytes // self.layout.world_size for spec in self.layout.chunks if self.trained(spec)]
+        return sum(sorted(sizes)[-EARLY_AT_ONCE - 1 :])  # and one that lands
+
+    @property
+    def frozen_masters(self) -> int:
         """Bytes of the masters of frozen chunks on one rank: in host memory, wherever the chunks' homes are."""
         return sum(
             spec.numel // self.layout.world_size * self.policy.master_bytes(spec.kind.dtype)

@@ -144,6 +144,17 @@ class HostUpdates:
         """The indices of the chunks whose update is not over, in the order of their turns."""
         return tuple(update.chunk.index for update in self._under_way if not update.future.done())
 
+    def keep(self, most: int) -> None:
+        """Waits until no more than ``most`` are under way: each has a gradient that takes memory.
+
+        Raises:
+            UpdateError: an update has failed, now or before.
+        """
+        self.collect()
+        while len(self._under_way) > most:
+            self._collect(self._under_way[0])
+        self.check()
+
     def collect(self) -> None:
         """Takes notice of what is over, without waiting."""
         while self._under_way and self._under_way[0].future.done():

@@ -251,18 +251,30 @@ class Placement:
         self._schedule.free_idle()
         self._agreed = list(on_device)
         near = self._near()
-        pairs = list(zip(self._store.chunks, on_device, strict=True))
         if self._policy.homes == "auto":
-            for chunk, stays in pairs:
-                if not stays:
-                    self._rehome(chunk, Home.HOST)
+            pairs = list(zip(self._store.chunks, on_device, strict=True))
+            arriving = [chunk for chunk, stays in pairs if stays]
+            for chunk in (chunk for chunk, stays in pairs if not stays):
+                while not self._leaves(chunk):
+                    if not any(self._arrives(other, near) for other in arriving if other.home is Home.HOST):
+                        self._rehome(chunk, Home.HOST)  # says what is lacking
             self._gradients.reclaim()
-            for chunk, stays in pairs:
-                if stays:
-                    with suppress(OutOfBudgetError):  # what is in use now may be in the way: it stays on the host
-                        self._rehome(chunk, near)
+            for chunk in arriving:
+                self._arrives(chunk, near)
             self._store.slabs.trim()
             self._give_back_waste()
+
+    def _leaves(self, chunk: Chunk) -> bool:
+        """Moves a home to host memory, if that has room while others have not left it yet; whether it is there."""
+        with suppress(OutOfBudgetError):
+            self._rehome(chunk, Home.HOST)
+        return chunk.home is Home.HOST
+
+    def _arrives(self, chunk: Chunk, home: Home) -> bool:
+        """Moves a home to the device, where what is in use now may be in the way; whether it is there."""
+        with suppress(OutOfBudgetError):
+            self._rehome(chunk, home)
+        return chunk.home is not Home.HOST
 
     def _give_back_waste(self) -> None:
         """Slabs lose their unused slots where what lives on the host will need them otherwise."""

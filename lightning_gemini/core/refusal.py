@@ -36,9 +36,13 @@ class Need:
     host_holds: bool
 
     def homes(self, footprints: Footprints | None = None) -> int:
-        """Bytes of all chunks' homes, and of the masters of frozen chunks, which are in host memory in any case."""
+        """Bytes of all chunks' homes, and of what is in host memory beside them."""
         footprints = footprints or self.footprints
-        return sum(one.kept for one in footprints.all()) + footprints.aside
+        return sum(one.kept for one in footprints.all()) + self.aside(footprints)
+
+    def aside(self, footprints: Footprints) -> int:
+        """Bytes in host memory beside homes."""
+        return footprints.aside if self.host_holds else footprints.frozen_masters
 
 
 def model_does_not_fit(need: Need, device: Tier, host: Tier, hosted: int) -> OutOfBudgetError:
@@ -46,24 +50,28 @@ def model_does_not_fit(need: Need, device: Tier, host: Tier, hosted: int) -> Out
 
     Args:
         hosted: bytes that are left for host memory, when the device has taken what it has room for: of homes, and of
-            the masters of frozen chunks.
+            what is beside them.
     """
     total, ranks = need.homes(), need.footprints.layout.world_size
     on_device = need.working_set + (0 if need.host_holds else total - hosted)
-    parts, aside = _parts(need.footprints.all()), need.footprints.aside
+    parts, aside = _parts(need.footprints.all()), need.aside(need.footprints)
     in_use = f"chunks and gradient buffers in use at one time, the most for {need.unit}"
-    frozen = f"masters of frozen parameters {format_bytes(aside)}"
+    beside = {
+        "masters of frozen parameters": need.footprints.frozen_masters,
+        "gradients in use": aside - need.footprints.frozen_masters,
+    }
+    rest = ", ".join(f"{what} {format_bytes(nbytes)}" for what, nbytes in beside.items() if nbytes)
     rows = [("", "needed", "available", "")]
     if need.host_holds:
-        kinds = f"{parts}, {frozen}" if aside else parts
-        rest = f", of which {format_bytes(total - hosted)} can be on the device" if hosted < total else ""
+        kinds = f"{parts}, {rest}" if aside else parts
+        near = f", of which {format_bytes(total - hosted)} can be on the device" if hosted < total else ""
         rows.append(("device memory", format_bytes(on_device), _bound(device.capacity), in_use))
-        rows.append(("host memory", format_bytes(hosted), _bound(host.capacity), kinds + rest))
+        rows.append(("host memory", format_bytes(hosted), _bound(host.capacity), kinds + near))
     else:
         used = f"{parts}; {format_bytes(need.working_set)} for {in_use}"
         rows.append(("device memory", format_bytes(on_device), _bound(device.capacity), used))
         if aside:
-            rows.append(("host memory", format_bytes(hosted), _bound(host.capacity), frozen))
+            rows.append(("host memory", format_bytes(hosted), _bound(host.capacity), rest))
     remedies = _device_remedies(on_device, need.host_holds) if _lacks(device, on_device) else []
     lacking = 0
     if _lacks(device, on_device) and not need.host_holds:
@@ -86,7 +94,7 @@ def activations_do_not_fit(
     """The error for a recorded step that takes more than there is, before its update.
 
     Args:
-        aside: bytes of host memory that no plan is asked about, for the masters of frozen chunks.
+        aside: bytes of host memory that no plan is asked about.
     """
     if error.trace is None or error.moment is None:
         return OutOfBudgetError(

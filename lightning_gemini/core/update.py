@@ -26,6 +26,7 @@ from lightning_gemini.core.chunk_gradient import ChunkGradient
 from lightning_gemini.core.chunk_update import ChunkUpdate
 from lightning_gemini.core.collectives import Pending
 from lightning_gemini.core.errors import StateError
+from lightning_gemini.core.footprint import EARLY_AT_ONCE
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Store
@@ -224,6 +225,8 @@ class OptimizerOnChunks:
         others = [update for update in updates if update not in rules]
         self._last = others[-1] if others and not in_backward else None
         self._stepping = bool(updates)
+        if in_backward:
+            self._store.host_updates.keep(EARLY_AT_ONCE - 1)
         started = self._start_on_host(rules)
         for update in updates:
             if update is self._last:
