@@ -14,6 +14,7 @@ from lightning_gemini.core.errors import (
     StaleGraphError,
     StateError,
     StepFailedError,
+    UpdateError,
 )
 from lightning_gemini.core.layout import Layout, ParamSpec, plan_layout
 from lightning_gemini.core.shard import shard
@@ -37,6 +38,7 @@ __all__ = [
     "StaleGraphError",
     "StateError",
     "StepFailedError",
+    "UpdateError",
     "UpdatePolicy",
     "plan_layout",
     "shard",

@@ -9,7 +9,8 @@ last gathered begins with a later moment, a few gathers ahead of what is needed 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 
@@ -23,12 +24,24 @@ from lightning_gemini.core.streams import Lane, Mark
 
 @dataclass(eq=False)
 class _Arrival:
-    """A chunk that is being filled; ``mark`` follows this rank's slice, and ``gather`` is there once it has begun."""
+    """A chunk that is being filled; ``mark`` follows this rank's slice, and ``gather`` is there once it has begun.
+
+    A copy that waits for an update is not begun once it is ``called_off``: the memory it would write to may be gone.
+    """
 
     chunk: Chunk
     reason: str
     mark: Mark | None = None
     gather: Pending | None = None
+    called_off: bool = False
+    copying: Lock = field(default_factory=Lock)
+
+    def call_off(self) -> None:
+        """Has nothing copied from now on; the compute stream waits for what has been issued."""
+        self.called_off = True
+        with self.copying:
+            if self.mark is not None:
+                self.mark.join()
 
 
 #: Gathers under way before more of those begin that may have to wait for an update.
@@ -107,17 +120,22 @@ class Arrivals:
         self._arrive(self._under_way.pop(chunk.index))
 
     def abandon(self, chunk: Chunk) -> None:
-        """Nobody needs ``chunk`` any more: waits for what is under way, and begins nothing.
+        """Nobody needs ``chunk`` any more: waits for what is under way, but for no update, and begins nothing.
 
         Raises:
             DisagreementError: another rank gathers another chunk.
-            UpdateError: the chunk has no proper values.
         """
         arrival = self._before_gather.pop(chunk.index, None)
         if arrival is None:
             self._arrive(self._under_way.pop(chunk.index))
         else:
-            self._settle(arrival)
+            arrival.call_off()
+
+    def forget(self, chunk: Chunk) -> None:
+        """After a failure or an interrupt: ``chunk`` is not to be filled; waits for no other rank."""
+        self._under_way.pop(chunk.index, None)
+        if (arrival := self._before_gather.pop(chunk.index, None)) is not None:
+            arrival.call_off()
 
     def refill(self, chunk: Chunk, reason: str) -> None:
         """Brings new values into a chunk that is filled."""
@@ -143,9 +161,12 @@ class Arrivals:
         arrival = self._before_gather[chunk.index] = _Arrival(chunk, reason)
 
         def copy() -> None:
-            with torch.no_grad(), self._lane.work():
-                chunk.own.copy_(chunk.unfinished_shard, non_blocking=True)
-            arrival.mark = self._lane.mark()
+            with arrival.copying:
+                if arrival.called_off:
+                    return
+                with torch.no_grad(), self._lane.work():
+                    chunk.own.copy_(chunk.unfinished_shard, non_blocking=True)
+                arrival.mark = self._lane.mark()
 
         with self._lane.after_compute():
             self._clear_tag(chunk)
@@ -155,19 +176,15 @@ class Arrivals:
     def _join(self, arrival: _Arrival) -> None:
         """Begins the gather, after this rank's own update."""
         chunk = arrival.chunk
-        self._settle(arrival)
+        _ = chunk.shard  # waits for its update, and for the copy after it
+        assert arrival.mark is not None
+        arrival.mark.join()
         del self._before_gather[chunk.index]
         with self._lane.after_compute():
             self._announce(chunk, arrival.reason)
             arrival.gather = self.gather(chunk, arrival.reason)
             arrival.mark = self._lane.mark()
         self._under_way[chunk.index] = arrival
-
-    def _settle(self, arrival: _Arrival) -> None:
-        """Waits until this rank's own slice is on its way."""
-        _ = arrival.chunk.shard  # waits for its update, and for the copy after it
-        assert arrival.mark is not None
-        arrival.mark.join()
 
     def _arrive(self, arrival: _Arrival) -> None:
         assert arrival.gather is not None

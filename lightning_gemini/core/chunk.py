@@ -46,7 +46,11 @@ class Deferred(Protocol):
     """An update of a chunk's shard that is under way in another thread."""
 
     def wait(self) -> None:
-        """Waits until it is over; the chunk's :attr:`Chunk.deferred` is ``None`` then."""
+        """Waits until it is over; the chunk's :attr:`Chunk.deferred` is ``None`` then.
+
+        Raises:
+            UpdateError: it failed, now or before; then it stays where it is, so that nobody reads the shard.
+        """
 
     def then(self, job: Callable[[], None]) -> bool:
         """Has ``job`` done by the same thread as soon as the update is over; not if it is over: then it says False."""

@@ -54,6 +54,7 @@ class HostThreads:
         """
         if self.cpus is not None:
             os.sched_setaffinity(0, self.cpus)
+        torch.get_num_threads()  # torch gives a thread the number of the process when it first asks: now, not later
         torch.set_num_threads(self.count)
 
 
@@ -76,8 +77,9 @@ def share(mine: int, claims: Sequence[Claim], root: Path = _SYSTEM) -> HostThrea
     own = claims[mine]
     peers = [rank for rank, other in enumerate(claims) if (other.machine, other.cpus) == (own.machine, own.cpus)]
     nodes = _nodes(own.cpus, root)
+    granted = _quota(root) // sum(other.machine == own.machine for other in claims)  # whoever is bound to which CPUs
     if len(nodes) == 1 or len(peers) < len(nodes):
-        count = max(1, min(_cores(own.cpus, root), _quota(root)) // len(peers))
+        count = max(1, min(_cores(own.cpus, root) // len(peers), granted))
         return HostThreads(count, len(peers))
 
     def node_of(rank: int) -> int:
@@ -86,7 +88,7 @@ def share(mine: int, claims: Sequence[Claim], root: Path = _SYSTEM) -> HostThrea
 
     node = node_of(mine)
     beside = sum(node_of(rank) == node for rank in peers)
-    count = max(1, min(_cores(nodes[node], root) // beside, _quota(root) // len(peers)))
+    count = max(1, min(_cores(nodes[node], root) // beside, granted))
     return HostThreads(count, len(peers), tuple(sorted(nodes[node])))
 
 

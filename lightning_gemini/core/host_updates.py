@@ -103,6 +103,7 @@ class HostUpdates:
         self._give_back = give_back
         self._worker = Worker("gemini-update", threads.apply if threads is not None else _nothing)
         self._under_way: deque[_HostUpdate] = deque()
+        self._torn: list[Chunk] = []  # whose update has failed
         self._failure: UpdateError | None = None
         self.busy_seconds = self.waited_seconds = 0.0
         self.count = 0
@@ -171,13 +172,16 @@ class HostUpdates:
             raise self._failure
 
     def close(self) -> None:
-        """Waits for all, failed or not, and ends the thread."""
+        """Waits for all, failed or not, and ends the thread; shards can be read from then on, torn or not."""
         while self._under_way:
             self._collect(self._under_way[0])
+        for chunk in self._torn:
+            chunk.deferred = None
         self._worker.close(wait=True)
 
     def _finish(self, update: _HostUpdate) -> None:
-        self._collect(update)
+        if update in self._under_way:  # else it has failed before
+            self._collect(update)
         self.check()
 
     def _collect(self, update: _HostUpdate) -> None:
@@ -188,11 +192,14 @@ class HostUpdates:
                 update.future.exception()
             finally:
                 self.waited_seconds += time.perf_counter() - began
-        update.chunk.deferred = None
+        error = update.future.exception()
+        if error is None:
+            update.chunk.deferred = None
+        else:
+            self._torn.append(update.chunk)
         self._under_way.remove(update)
         self._give_back(update.gradient)
         self.busy_seconds += update.ended - update.began
-        error = update.future.exception()
         if error is not None and self._failure is None:
             self._failure = UpdateError(
                 f"the update of chunk {update.chunk.index}, with {update.chunk.names[0]} in it, failed in the "

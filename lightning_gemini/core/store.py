@@ -131,6 +131,7 @@ class Store:
         try:
             self.arrivals.begin(chunk, reason, ahead)
         except BaseException:
+            self.arrivals.forget(chunk)
             self.reshard(chunk)
             raise
 
@@ -144,6 +145,7 @@ class Store:
         try:
             self.arrivals.finish(chunk)
         except BaseException:
+            self.arrivals.forget(chunk)
             self.reshard(chunk)
             raise
         chunk.hold()
@@ -160,7 +162,7 @@ class Store:
         """COMING -> FREE, when what is under way is over; nothing is begun for it.
 
         Raises:
-            DisagreementError, UpdateError: see :meth:`finish`; the chunk is free all the same.
+            DisagreementError: see :meth:`finish`; the chunk is free all the same.
         """
         try:
             self.arrivals.abandon(chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -15,7 +16,7 @@ class Worker:
 
     Args:
         name: of the thread.
-        prepare: called first of all in the thread.
+        prepare: called first of all in the thread; if it fails, so does each job, and it is called again for the next.
     """
 
     def __init__(self, name: str, prepare: Callable[[], None] = lambda: None) -> None:
@@ -23,6 +24,7 @@ class Worker:
         self._prepare = prepare
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._thread: Thread | None = None
+        weakref.finalize(self, self._jobs.put, None).atexit = False  # whoever forgets close() leaves no thread behind
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """Has ``job`` done after those before it; the future carries its exception."""
@@ -43,10 +45,13 @@ class Worker:
 
 
 def _work_off(prepare: Callable[[], None], jobs: SimpleQueue[_Job | None]) -> None:
-    prepare()
+    todo: Callable[[], None] | None = prepare
     while (entry := jobs.get()) is not None:
         job, future = entry
         try:
+            if todo is not None:  # here, where somebody learns of its exception
+                todo()
+                todo = None
             job()
         except BaseException as error:
             future.set_exception(error)
