@@ -33,6 +33,7 @@ from lightning_gemini.core.store import Store
 from lightning_gemini.core.trial import unhooked_step
 from lightning_gemini.optim.rule import Rule
 
+
 class OptimizerOnChunks:
     """Makes ``optimizer.step()`` and ``optimizer.zero_grad()`` work on chunks.
 
