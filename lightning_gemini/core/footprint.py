@@ -148,7 +148,7 @@ class Footprints:
                 hosted=one.kept,
                 fetch=one.parameter,
                 gather=one.full - one.parameter if whole or self.layout.world_size > 1 else one.full,
-                offload=one.gradient or (one.parameter if self.trained(spec) else 0),
+                offload=self._offload(one, spec),
                 trained=self.trained(spec),
                 whole=whole,
                 # what is updated in a backward is part of its moments
@@ -156,6 +156,12 @@ class Footprints:
             )
             for one, spec in zip(footprints, self.layout.chunks, strict=True)
         ]
+
+    def _offload(self, one: Footprint, spec: ChunkSpec) -> int:
+        """One rank's gradients cross in the dtype that they come in, also while they add up in fp32 there."""
+        if not self.trained(spec):
+            return 0
+        return one.gradient if one.gradient and self.layout.world_size > 1 else one.parameter
 
     def gradient_work(self, at_once: int = _REDUCING_AT_ONCE) -> int:
         """Bytes of the buffers that gradients fill, and on several ranks are reduced through; ``at_once`` of them.

@@ -28,7 +28,7 @@ from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState, s
 from lightning_gemini.core.collectives import Pending
 from lightning_gemini.core.dtypes import DtypePolicy
 from lightning_gemini.core.errors import ConfigurationError, OutOfBudgetError
-from lightning_gemini.core.landing import Landings
+from lightning_gemini.core.landing import Addition, Landings, Part
 from lightning_gemini.core.memory import BufferPool, Tier
 from lightning_gemini.core.reduction import ReducedNothing, Reduction
 from lightning_gemini.core.slabs import Slabs
@@ -325,57 +325,60 @@ class Gradients:
     def _keep(self, gradient: ChunkGradient, part: Tensor) -> None:
         """Adds a reduced part to the shard, on the tier where the chunk's shard lives."""
         chunk, keep = gradient.chunk, gradient.chunk.full.dtype
-        if self.accumulating or gradient.shard is not None:
+        on_host, adds = chunk.home is Home.HOST, self.accumulating or gradient.shard is not None
+        if adds and not (on_host and part.dtype == keep):  # what is narrow crosses so, and is widened there
             keep = torch.promote_types(keep, torch.float32)
         origin = self._result_pool(chunk)
-        pool = self._transient if chunk.home is Home.HOST else self._device_shards
+        pool = self._transient if on_host else self._device_shards
         if part.dtype != keep or origin is not pool:
             try:
                 moved = self._get(pool, part.numel(), keep, _shard_of(chunk)).copy_(part)
             finally:
                 origin.put(part)
             part = moved
-        if chunk.home is Home.HOST:
-            alone = gradient.shard is None and not self.accumulating
+        if on_host:
             # on the device, which is quicker; what else is added in host memory counts there
-            self._landings.start(gradient, part, square_sum_of(part) if alone else None)
+            self._landings.start(Part(gradient, part, self.loss_scale, None if adds else square_sum_of(part)))
             if self.consume is not None:
                 self._landings.wait()
-        else:
-            self._take_in(gradient, part)
+        elif (addition := self._take_in(Part(gradient, part, self.loss_scale))) is not None:
+            addition.run()
+            gradient.square_sum = addition.square_sum
+            for tensor in addition.spent:
+                pool.put(tensor)
 
-    def _take_in(self, gradient: ChunkGradient, part: Tensor, total: Tensor | None = None) -> None:
-        """Makes a part the shard, or adds it; ``total`` is the sum of its squares, if that is known."""
-        keep, pool = part.dtype, self._shard_pool(gradient.chunk)
-        if gradient.shard is None:
-            gradient.shard = part
-            gradient.forget_scaling()
-            gradient.loss_scale = gradient.tried_scale = self.loss_scale
-            gradient.square_sum = total
-        else:
-            if gradient.shard.dtype != keep:
-                wide = pool.get(part.numel(), keep, _shard_of(gradient.chunk)).copy_(gradient.shard)
-                pool.put(gradient.shard)
-                gradient.shard = wide
-            self._add(gradient, part)
-            pool.put(part)
+    def _take_in(self, part: Part) -> Addition | None:
+        """Makes a part the shard, or says how it is added to it."""
+        gradient = part.gradient
+        if gradient.shard is not None:
+            return self._add(gradient, part)
+        gradient.shard = part.values
+        gradient.forget_scaling()
+        gradient.loss_scale = gradient.tried_scale = part.loss_scale
+        gradient.square_sum = part.square_sum
         if self.consume is not None:
             self.consume(gradient)
             self.discard([gradient])
         elif not self.accumulating:
             square_sum(gradient)
+        return None
 
-    def _add(self, gradient: ChunkGradient, part: Tensor) -> None:
-        """Adds a part that carries the present loss scale."""
-        if gradient.clip is not None or gradient.clamped:
+    def _add(self, gradient: ChunkGradient, part: Part) -> Addition:
+        before, pool = gradient.shard, self._shard_pool(gradient.chunk)
+        assert before is not None
+        target, wide = before, torch.promote_types(before.dtype, torch.float32)
+        if before.dtype != wide:
+            target = pool.get(len(before), wide, _shard_of(gradient.chunk))
+        if gradient.clip is not None or gradient.clamped:  # clipped before, and more comes now
             square_sum(gradient)
-            gradient.scale()  # clipped before, and more comes now
-        assert gradient.shard is not None
-        if gradient.loss_scale != self.loss_scale:
-            part.mul_(gradient.loss_scale / self.loss_scale)
-        gradient.shard.add_(part)
-        gradient.square_sum = None
-        gradient.tried_scale = max(gradient.tried_scale, self.loss_scale)
+            if target is not before:
+                target.copy_(before)
+                pool.put(before)
+            gradient.shard = before = target
+            gradient.scale()
+        gradient.shard, gradient.square_sum = target, None
+        gradient.tried_scale = max(gradient.tried_scale, part.loss_scale)
+        return Addition(target, before, part.values, gradient.loss_scale / part.loss_scale, not self.accumulating)
 
     def _shard_pool(self, chunk: Chunk) -> Slabs | BufferPool:
         return self._store.slabs if chunk.home is Home.HOST else self._device_shards

@@ -107,6 +107,7 @@ class HostUpdates:
         self._failure: UpdateError | None = None
         self.busy_seconds = self.waited_seconds = 0.0
         self.count = 0
+        self._begun = False
 
     @property
     def failed(self) -> bool:
@@ -130,10 +131,7 @@ class HostUpdates:
 
     def start(self, chunk: Chunk, job: Callable[[], None], gradient: Tensor, after: Mark) -> None:
         """Has ``job`` update ``chunk``, not before ``after``; ``gradient`` is given back when that is over."""
-        if self.count == 0:
-            default = torch.get_num_threads()
-            self._worker.submit(_nothing).result()
-            torch.set_num_threads(default)  # the worker's own number is not for threads that others start later
+        self._begin()
         self.count += 1
         update = _HostUpdate(chunk, job, gradient, after, self._finish)
         update.future = self._worker.submit(update.run)
@@ -144,6 +142,23 @@ class HostUpdates:
     def under_way(self) -> tuple[int, ...]:
         """The indices of the chunks whose update is not over, in the order of their turns."""
         return tuple(update.chunk.index for update in self._under_way if not update.future.done())
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        """Has the worker do something else between updates; it is done at once where there is no background."""
+        if self.threads is not None:
+            self._begin()
+            return self._worker.submit(job)
+        job()
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _begin(self) -> None:
+        """Starts the thread, if it is not there yet."""
+        if not self._begun:
+            self._begun, default = True, torch.get_num_threads()
+            self._worker.submit(_nothing).result()
+            torch.set_num_threads(default)  # the worker's own number is not for threads that others start later
 
     def keep(self, most: int) -> None:
         """Waits until no more than ``most`` are under way: each has a gradient that takes memory.
