@@ -153,7 +153,12 @@ class Landings:
         gradient = landing.part.gradient
         gradient.landing = None
         self._origin.put(landing.sent)
-        addition = self._take_in(landing.part)
+        try:
+            addition = self._take_in(landing.part)
+        except BaseException:
+            if gradient.shard is not landing.part.values:
+                self._store.slabs.put(landing.part.values)
+            raise
         if addition is not None:
             self._additions.append((gradient, addition, self._store.host_updates.submit(addition.run)))
             gradient.landing = self.wait
