@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -91,7 +91,7 @@ def gated() -> Iterator[Gates]:
 def as_late_as_possible() -> Iterator[None]:
     """No update begins before somebody waits for it, or for one after it: who reads without waiting reads old bits."""
     asked: dict[_HostUpdate, threading.Event] = defaultdict(threading.Event)
-    run, collect = _HostUpdate.run, HostUpdates._collect
+    run, collect, submit = _HostUpdate.run, HostUpdates._collect, HostUpdates.submit
 
     def late(update: _HostUpdate) -> None:
         if not asked[update].wait(PATIENCE):
@@ -106,7 +106,15 @@ def as_late_as_possible() -> Iterator[None]:
         collect(updates, update)
         asked.pop(update, None)
 
-    with mock.patch.object(_HostUpdate, "run", late), mock.patch.object(HostUpdates, "_collect", collecting):
+    def submitting(updates: HostUpdates, job: Callable[[], None]) -> Any:
+        for one in updates._under_way:  # whoever waits for the job waits for these
+            asked[one].set()
+        return submit(updates, job)
+
+    patches = ((_HostUpdate, "run", late), (HostUpdates, "_collect", collecting), (HostUpdates, "submit", submitting))
+    with ExitStack() as stack:
+        for owner, name, other in patches:
+            stack.enter_context(mock.patch.object(owner, name, other))
         yield
 
 

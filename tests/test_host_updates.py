@@ -298,8 +298,10 @@ def test_memory_is_that_of_updates_at_once(when: Any, micro_batches: int) -> Non
     with as_late_as_possible():
         late = used(True)
     expected = used(False)
-    more = 2 * 384 * 4 if when == "in_backward" else 0  # gradients of updates under way
-    assert [(host - more, device) for host, _, device in late] == [(host, device) for host, _, device in expected]
+    # gradients of updates under way, or parts that wait to be added
+    more = 2 * 384 * 4 if when == "in_backward" or micro_batches > 1 else 0
+    assert all(host <= a <= host + more for (a, _, _), (host, _, _) in zip(late, expected, strict=True))
+    assert [device for _, _, device in late] == [device for _, _, device in expected]
     assert all(peak - more <= limit for (_, peak, _), (_, limit, _) in zip(late[2:], expected[2:], strict=True))
 
 

@@ -16,6 +16,9 @@ from lightning_gemini.core.memory import BufferPool
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.streams import Mark
 
+#: Parts in host memory that may wait to be added: each takes memory beside the shard.
+_ADDITIONS = 2
+
 #: Elements that are added at a time, so that their wider copies stay in the processor's cache.
 _BLOCK = 2**18
 
@@ -162,6 +165,8 @@ class Landings:
         if addition is not None:
             self._additions.append((gradient, addition, self._store.host_updates.submit(addition.run)))
             gradient.landing = self.wait
+            while len(self._additions) > _ADDITIONS:
+                self._finish()
 
     def _finish(self) -> None:
         gradient, addition, future = self._additions.popleft()
