@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,10 @@ class HostThreads:
 
 def claim(device: torch.device) -> Claim:
     """The claim of this process, which computes on ``device``."""
-    machine = _BOOT.read_text().strip() if _BOOT.exists() else os.uname().nodename
-    return Claim(machine, tuple(sorted(os.sched_getaffinity(0))), _node_of(device))
+    machine = _BOOT.read_text().strip() if _BOOT.exists() else platform.node()
+    # only some systems bind processes to CPUs
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return Claim(machine, tuple(sorted(cpus)), _node_of(device))
 
 
 def share(mine: int, claims: Sequence[Claim], root: Path = _SYSTEM) -> HostThreads:

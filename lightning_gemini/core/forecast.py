@@ -164,9 +164,8 @@ class _Line:
         self.offload = sum(self._offload[c] for c in leaving)
         # when each server is free, and when chunks are updated and there
         self._now = self._fetched = self._gathered = self._offloaded = self._worked = 0.0
-        self._work_began = self._gate = (
-            0.0  # of the latest updates in host memory; the end of those that copies wait for
-        )
+        self._work_began = 0.0  # of the latest updates in host memory
+        self._gate = 0.0  # the end of those that copies wait for
         self._updated: dict[int, float] = {}
         self._there: dict[int, tuple[float, float]] = {}
         self._waited_fetch = self._waited_update = 0.0

@@ -175,10 +175,11 @@ class Tier:
                 continue
             self.shortages.append(Shortage(what, nbytes, tuple(name for name in freed if name)))
             return made
+        remedy = "or leave a larger margin" if self.name == "device" else "or use more ranks"
         raise OutOfBudgetError(
             f"{what} needs {format_bytes(nbytes)} of {self.name} memory, and the system does not give them, though "
             f"chunks use {format_bytes(self.used)} of {format_bytes(self.capacity or self.used)} only ({refusal}). "
-            f"Lower {self.name}_memory, or leave a larger margin."
+            f"Lower {self.name}_memory, {remedy}."
         ) from refusal
 
     def empty(self, numel: int, dtype: torch.dtype, what: str) -> Tensor:

@@ -18,7 +18,6 @@ _FUTILE = 6
 #: Steps that are remembered; the one that was met longest ago goes.
 _REMEMBERED = 16
 
-
 #: Steps of one form whose times are remembered.
 _TIMED = 64
 
