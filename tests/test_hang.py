@@ -32,7 +32,7 @@ from tests.ranks import RankError, run_ranks
 
 TIMEOUT = 4.0
 RANKS = 3
-SLACK = 4.0  # two busy cores, and the moment that a closed connection waits for words
+SLACK = 4.0  # a busy machine, and the moment that a closed connection waits for words
 
 
 class Layers(nn.Sequential):

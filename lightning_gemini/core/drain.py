@@ -25,8 +25,9 @@ from lightning_gemini.core.errors import (
     end_together,
     ended_together,
 )
-from lightning_gemini.core.failure import Failure, Failures, describe, lacks_memory
+from lightning_gemini.core.failure import Failure, Failures, lacks_memory
 from lightning_gemini.core.gradients import Gradients
+from lightning_gemini.core.refusal import memory_ran_out
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.store import Store
 
@@ -193,10 +194,10 @@ class Drain:
                 "The ranks end, because it is not known what the others will do: the step does not go by a plan. The "
                 "weights are unchanged; go on from a checkpoint."
             )
-            found = OutOfBudgetError(describe(error, self._store, where, outcome, probe))
+            found = OutOfBudgetError(memory_ran_out(error, self._store, where, outcome, probe))
         else:
             outcome = f"{'No rank takes the step' if several else 'The step is not taken'}: {_UNCHANGED}"
-            found = StepFailedError(describe(error, self._store, where, outcome, probe))
+            found = StepFailedError(memory_ran_out(error, self._store, where, outcome, probe))
         found.__cause__ = error
         return found
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from lightning_gemini.core.chunk import Home
 from lightning_gemini.core.collectives import Collectives, Pending
 from lightning_gemini.core.errors import OutOfBudgetError, PeerError, StateError, StepFailedError, end_together
-from lightning_gemini.core.memory import Shortage, Tier, format_bytes, out_of_memory
-from lightning_gemini.core.store import Store
+from lightning_gemini.core.memory import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -118,52 +115,3 @@ def lacks_memory(error: BaseException) -> bool:
     if isinstance(error, OutOfBudgetError):
         return error.__cause__ is not None and out_of_memory(error.__cause__)
     return out_of_memory(error)
-
-
-def describe(error: Exception, store: Store, where: str, outcome: str, probe: int) -> str:
-    """What ran out, where, what is on the device, and what would help.
-
-    Args:
-        error: what was raised.
-        where: a unit or a step, in words.
-        outcome: what becomes of the step, in a sentence.
-        probe: bytes that the device's allocator has given out at the most; 0 if nobody counts them.
-    """
-    device, collectives = store.device, store.collectives
-    in_use = sum(chunk.spec.nbytes for chunk in store.chunks if chunk.pins and chunk.home is not Home.FULL)
-    rows = [
-        ("homes of chunks, with optimizer states", device.used - device.work - store.unsharded_bytes),
-        ("unsharded chunks in use", in_use),
-        ("unsharded chunks that are idle or coming", store.unsharded_bytes - in_use),
-        ("gradient buffers", device.work),
-    ]
-    if probe:
-        rows.append(("activations and others, at the most", max(probe - device.used, 0)))
-    if device.capacity is not None:
-        rows.append(("what chunks, gradients and activations may use", device.capacity))
-    width = max(len(name) for name, _ in rows)
-    table = "\n".join(f"  {name:<{width}}  {format_bytes(nbytes)}" for name, nbytes in rows)
-    rank = f"on rank {collectives.rank} " if collectives.world_size > 1 else ""
-    first = str(error).strip().partition("\n")[0]
-    return (
-        f"memory ran out {rank}in {where}: {first}\n{outcome}\n\nOn the device, when it happened:\n{table}\n\n"
-        "What helps:\n"
-        "- a smaller batch, or shorter sequences\n"
-        "- activation checkpointing (torch.utils.checkpoint, gradient_checkpointing_enable())\n"
-        "- a larger margin or a smaller device_memory, which leave more to activations\n"
-        "- placement='auto' or 'host', if chunks are most of it"
-    )
-
-
-def warn_of_shortage(shortages: Sequence[Shortage], device: Tier) -> None:
-    """Says that memory ran out, and what that means from now on."""
-    shortage = shortages[0]
-    freed = list(dict.fromkeys(name for one in shortages for name in one.freed))
-    names = ", ".join(freed[:3]) + (" and others" if len(freed) > 3 else "")
-    bound = "as much as before" if device.capacity is None else format_bytes(device.capacity)
-    warnings.warn(
-        f"out of memory on the device for {shortage.what} ({format_bytes(shortage.nbytes)}): freed "
-        f"{names or 'what the allocator kept'}, and the step went on. Chunks, gradients and activations may use "
-        f"{bound} from now on. A smaller device_memory or a larger margin leaves more room from the start.",
-        stacklevel=2,
-    )

@@ -17,12 +17,16 @@ from lightning_gemini.core.chunk import Chunk, Home
 from lightning_gemini.core.chunk_gradient import ChunkGradient, GradientState
 from lightning_gemini.core.course import Course
 from lightning_gemini.core.errors import OutOfBudgetError
-from lightning_gemini.core.failure import warn_of_shortage
 from lightning_gemini.core.footprint import Footprints
 from lightning_gemini.core.forecast import Forecast, Overlap, forecast
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.planner import DoesNotFitError, plan
-from lightning_gemini.core.refusal import activations_do_not_fit, device_cannot_shrink, device_is_full
+from lightning_gemini.core.refusal import (
+    activations_do_not_fit,
+    device_cannot_shrink,
+    device_is_full,
+    warn_of_shortage,
+)
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.speedometer import exchange
 from lightning_gemini.core.speeds import Speeds
@@ -352,8 +356,7 @@ class Placement:
         return sum(size.kept for size, near in zip(self._sizes(), self._agreed, strict=True) if near)
 
     def _refusal(self, nbytes: int, what: str) -> str:
-        movable = self._policy.homes == "auto"
-        return device_is_full(self._store, self._schedule.residents.in_use_bytes, movable, nbytes, what)
+        return device_is_full(self._store, self._policy.homes == "auto", nbytes, what)
 
     def _with_reserve(self, trace: Trace) -> Trace:
         """``trace`` with room for the buffers of reductions: how many are under way at a time is not the same twice."""

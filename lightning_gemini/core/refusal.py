@@ -1,22 +1,26 @@
-"""Says what does not fit, in numbers, and what would make it fit."""
+"""Says what does not fit, or has run out, in numbers, and what would make it fit."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from lightning_gemini.core.chunk import Home
 from lightning_gemini.core.errors import OutOfBudgetError
 from lightning_gemini.core.footprint import Footprint, Footprints
-from lightning_gemini.core.memory import Tier, format_bytes
+from lightning_gemini.core.memory import Shortage, Tier, format_bytes
 from lightning_gemini.core.planner import DoesNotFitError
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.trace import Trace
 
 #: More ranks than so many times as many as there are help nobody.
 _MOST_RANKS = 64
+
+_HOMES = "homes of chunks, with masters, states and gradients"
 
 
 @dataclass(frozen=True)
@@ -123,21 +127,16 @@ def activations_do_not_fit(
     )
 
 
-def device_is_full(store: Store, in_use: int, movable: bool, nbytes: int, what: str) -> str:
+def device_is_full(store: Store, movable: bool, nbytes: int, what: str) -> str:
     """Why ``what`` cannot have ``nbytes`` of the device in the middle of a step, in words.
 
     Args:
-        in_use: bytes of unsharded chunks that somebody needs now and that are not kept.
         movable: whether homes move to host memory where there is no room.
     """
-    device = store.device
-    homes = device.used - store.unsharded_bytes - device.work
+    device, held = store.device, _on_device(store)
     rows = [
         ("device memory", ""),
-        ("homes of chunks, with masters, states and gradients", format_bytes(homes)),
-        ("unsharded chunks in use", format_bytes(in_use)),
-        ("unsharded chunks that are idle or under way", format_bytes(store.unsharded_bytes - in_use)),
-        ("gradient buffers, and what an update makes for itself", format_bytes(device.work)),
+        *((name, format_bytes(taken)) for name, taken in held.items()),
         ("asked for", format_bytes(nbytes)),
         ("needed", format_bytes(device.used + nbytes)),
         ("available", _bound(device.capacity)),
@@ -147,7 +146,7 @@ def device_is_full(store: Store, in_use: int, movable: bool, nbytes: int, what: 
         "more ranks",
         "a smaller chunk_size, or smaller unit_modules",
     ]
-    if homes and not movable:
+    if held[_HOMES] and not movable:
         remedies.insert(1, "placement='auto', which keeps in host memory what has no room")
     return (
         f"{what} needs {format_bytes(nbytes)} of device memory, for which there is no room:\n\n{_table(rows)}\n\n"
@@ -162,6 +161,59 @@ def device_cannot_shrink(needed: int, capacity: int) -> OutOfBudgetError:
         f"{format_bytes(capacity)} from now on; the old size stays. Give at least that much, or make a new engine with "
         "the smaller size."
     )
+
+
+def memory_ran_out(error: Exception, store: Store, where: str, outcome: str, probe: int) -> str:
+    """What ran out, where, what is on the device, and what would help, in words.
+
+    Args:
+        error: what was raised.
+        where: a unit or a step, in words.
+        outcome: what becomes of the step, in a sentence.
+        probe: bytes that the device's allocator has given out at the most; 0 if nobody counts them.
+    """
+    device, collectives = store.device, store.collectives
+    rows = [(name, format_bytes(taken)) for name, taken in _on_device(store).items()]
+    if probe:
+        rows.append(("activations and others, at the most", format_bytes(max(probe - device.used, 0))))
+    if device.capacity is not None:
+        rows.append(("what chunks, gradients and activations may use", format_bytes(device.capacity)))
+    rank = f"on rank {collectives.rank} " if collectives.world_size > 1 else ""
+    first = str(error).strip().partition("\n")[0]
+    return (
+        f"memory ran out {rank}in {where}: {first}\n{outcome}\n\nOn the device, when it happened:\n{_table(rows)}\n\n"
+        "What helps:\n"
+        "- a smaller batch, or shorter sequences\n"
+        "- activation checkpointing (torch.utils.checkpoint, gradient_checkpointing_enable())\n"
+        "- a larger margin or a smaller device_memory, which leave more to activations\n"
+        "- placement='auto' or 'host', if chunks are most of it"
+    )
+
+
+def warn_of_shortage(shortages: Sequence[Shortage], device: Tier) -> None:
+    """Says that memory ran out, and what that means from now on."""
+    shortage = shortages[0]
+    freed = list(dict.fromkeys(name for one in shortages for name in one.freed))
+    names = ", ".join(freed[:3]) + (" and others" if len(freed) > 3 else "")
+    bound = "as much as before" if device.capacity is None else format_bytes(device.capacity)
+    warnings.warn(
+        f"out of memory on the device for {shortage.what} ({format_bytes(shortage.nbytes)}): freed "
+        f"{names or 'what the allocator kept'}, and the step went on. Chunks, gradients and activations may use "
+        f"{bound} from now on. A smaller device_memory or a larger margin leaves more room from the start.",
+        stacklevel=2,
+    )
+
+
+def _on_device(store: Store) -> dict[str, int]:
+    """The bytes that are counted on the device, by what they are for."""
+    device = store.device
+    in_use = sum(chunk.spec.nbytes for chunk in store.chunks if chunk.pins and chunk.home is not Home.FULL)
+    return {
+        _HOMES: device.used - store.unsharded_bytes - device.work,
+        "unsharded chunks in use": in_use,
+        "unsharded chunks that are idle or under way": store.unsharded_bytes - in_use,
+        "gradient buffers, and what an update makes for itself": device.work,
+    }
 
 
 def _remedies(need: Need, total: int, available: int, ranks: int) -> list[str]:

@@ -29,11 +29,6 @@ class Residents:
         self.in_use: dict[int, Chunk] = {}
         self._owed: list[int] = []  # that the next step begins with and that are not on their way yet
 
-    @property
-    def in_use_bytes(self) -> int:
-        """Bytes of the chunks that somebody needs now and that may be freed afterwards."""
-        return sum(chunk.spec.nbytes for chunk in self.in_use.values() if chunk.home is not Home.FULL)
-
     def begin(self, chunk: Chunk, reason: str) -> None:
         """Begins to bring a chunk that is not there.
 
