@@ -159,11 +159,7 @@ class Store:
         self.arrivals.refill(chunk, reason)
 
     def abandon(self, chunk: Chunk) -> None:
-        """COMING -> FREE, when what is under way is over; nothing is begun for it.
-
-        Raises:
-            DisagreementError: see :meth:`finish`; the chunk is free all the same.
-        """
+        """COMING -> FREE, when what is under way is over, and if that raises DisagreementError; begins nothing."""
         try:
             self.arrivals.abandon(chunk)
         finally:
