@@ -188,7 +188,7 @@ def planned(engine: Engine | None, accumulation: int) -> Record | None:
 
 def hidden_share(engine: Engine | None) -> float | None:
     """How much of the update on the host nobody has waited for; ``None`` where nothing was updated behind a step."""
-    return engine._host_updates.hidden_share if engine is not None and engine._host_updates.count else None
+    return None if engine is None else engine.timeline().update_hidden_share
 
 
 def _shard_in_chunks(model: nn.Module, optimizer: Optimizer, job: Job, machine: Machine) -> Engine:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from lightning_gemini.core.worker import Worker
+
 _SYSTEM = Path("/sys")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
@@ -47,7 +49,19 @@ class HostThreads:
         text = f"{self.count} {'thread' if self.count == 1 else 'threads'}"
         return text if self.cpus is None else f"{text} on CPUs {_ranges(self.cpus)}"
 
-    def apply(self) -> None:
+    def worker(self, name: str) -> Worker:
+        """A thread that works like this, and has begun."""
+        worker, default = Worker(name, self._apply), torch.get_num_threads()
+        try:
+            worker.submit(lambda: None).result()
+        except BaseException:
+            worker.close()
+            raise
+        finally:
+            torch.set_num_threads(default)  # the worker's own number is not for threads that others start later
+        return worker
+
+    def _apply(self) -> None:
         """Has the calling thread, and those that it starts, work like this.
 
         OpenMP keeps the number of threads for each thread that starts work, so a launcher's OMP_NUM_THREADS=1 goes on

@@ -70,6 +70,9 @@ class Owner(Protocol):
     def abort(self) -> None:
         """Drops the forward and the backward under way."""
 
+    def leave(self, error: BaseException) -> None:
+        """This rank cannot go on because of ``error``."""
+
 
 class Drain:
     """Knows what the other ranks will do until their next vote, if anybody does.
@@ -116,6 +119,8 @@ class Drain:
 
     def end(self, error: BaseException, step: Running) -> BaseException:
         """Ends the step that ``error`` has ended on this rank; returns what is to be raised."""
+        if isinstance(error, UpdateError):
+            self._owner.leave(error)  # this rank has nothing to gather from any more
         together = isinstance(error, (PeerError, DisagreementError, UpdateError)) or ended_together(error)
         if together or not isinstance(error, Exception):
             self._owner.abort()

@@ -81,11 +81,10 @@ class Engine:
         self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: not self._is_live())
         parts = (self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, self._placement)
         self._verdict = Verdict(store, *parts, self._update)
-        chunks = (store, self._schedule, self._gradients)
         notice, dropped, updated = self._step.notice_failure, self._step.stand_ins.forget, self._guard.updated
-        self.optimizers = Optimizers(
-            optimizers, *chunks, policy, self._index_of, notice, self._may_update, updated, dropped, self._after_update
-        )
+        chunks = (store, self._schedule, self._gradients, policy, self._index_of)
+        calls = (notice, self._may_update, updated, dropped, self._after_update)
+        self.optimizers = Optimizers(optimizers, *chunks, *calls)
         if self._update.when == "in_backward":
             self._gradients.consume = self._consume
         for unit in self.units:
@@ -366,6 +365,7 @@ class Engine:
     def _inspect(self) -> None:
         """Raises GeminiError if this rank cannot take a step."""
         self.store.host_updates.check()
+        self._failures.require_whole()
         self._step.stand_ins.take()
         self._guard.check()
         self.store.tags.settle()
@@ -391,7 +391,8 @@ class Engine:
 
     def _require_live(self, action: str) -> None:
         self._require_phase(action)
-        self.store.host_updates.check()
+        with self._failures.ends_all():
+            self.store.host_updates.check()
         self._failures.check()
 
     def _require_phase(self, action: str) -> None:

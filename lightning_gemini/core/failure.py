@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_gemini.core.collectives import Collectives, Pending
-from lightning_gemini.core.errors import OutOfBudgetError, PeerError, StateError, StepFailedError, end_together
+from lightning_gemini.core.errors import (
+    OutOfBudgetError,
+    PeerError,
+    StateError,
+    StepFailedError,
+    UpdateError,
+    end_together,
+)
 from lightning_gemini.core.memory import out_of_memory
 
 
@@ -69,10 +77,23 @@ class Failures:
             StepFailedError, PeerError: a backward that no vote followed has failed on another rank.
             StateError: the weights are torn.
         """
-        if self.torn:
-            raise StateError("a failure has left weights that are those of no step. Go on from a checkpoint.")
+        self.require_whole()
         if self._heard():
             self.end(None)
+
+    @contextmanager
+    def ends_all(self) -> Iterator[None]:
+        """Around what may find out that an update has failed: then the other ranks end, too."""
+        try:
+            yield
+        except UpdateError as error:
+            self._collectives.leave(in_a_word(error))
+            raise
+
+    def require_whole(self) -> None:
+        """Raises StateError if the weights are torn."""
+        if self.torn:
+            raise StateError("a failure has left weights that are those of no step. Go on from a checkpoint.")
 
     def end(self, own: Failure | None) -> NoReturn:
         """Ends the step, which has failed on some rank; all ranks call.

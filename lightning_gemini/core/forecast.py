@@ -14,6 +14,7 @@ from math import isclose
 from lightning_gemini.core.speeds import Speeds
 from lightning_gemini.core.step_plan import ChunkBytes, StepPlan
 from lightning_gemini.core.trace import Trace
+from lightning_gemini.core.worker import hidden_share
 
 #: Steps that are simulated at the most; two or three are alike.
 _STEPS = 6
@@ -56,11 +57,9 @@ class Forecast:
     speeds: Speeds
 
     @property
-    def update_hidden_share(self) -> float:
-        """The share of the updates in host memory that nothing waits for, from 0 to 1; 1 if there are none."""
-        if not self.host_update:
-            return 1.0
-        return 1 - min(self.waited_update / self.host_update, 1.0)
+    def update_hidden_share(self) -> float | None:
+        """The share of the updates in host memory that nothing waits for, from 0 to 1; ``None`` if there are none."""
+        return hidden_share(self.host_update, self.waited_update)
 
 
 def forecast(

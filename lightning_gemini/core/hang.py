@@ -137,9 +137,13 @@ class Hang:
 
     def _append(self, error: str) -> None:
         """Adds the error that follows to the file, which the watchdog wrote earlier."""
-        if self._written is not None:
+        if self._written is None or not self._writing.acquire(timeout=_WRITING_SECONDS):
+            return
+        try:
             _, path, text = self._written
             _replace(path, f"{text}\n== Error ==\n{error}\n")
+        finally:
+            self._writing.release()
 
     def _write(self, reason: str, again: bool = False) -> Path | None:
         """Writes the file, without ``again`` once for each time that this rank gets stuck; ``None`` if it cannot."""

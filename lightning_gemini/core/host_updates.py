@@ -101,23 +101,17 @@ class HostUpdates:
     def __init__(self, threads: HostThreads | None, give_back: Callable[[Tensor], None]) -> None:
         self.threads = threads
         self._give_back = give_back
-        self._worker = Worker("gemini-update", threads.apply if threads is not None else _nothing)
+        self._worker: Worker | None = None
         self._under_way: deque[_HostUpdate] = deque()
         self._torn: list[Chunk] = []  # whose update has failed
         self._failure: UpdateError | None = None
         self.busy_seconds = self.waited_seconds = 0.0
         self.count = 0
-        self._begun = False
 
     @property
     def failed(self) -> bool:
         """Whether an update has failed, so that some of the weights are those of another step."""
         return self._failure is not None
-
-    @property
-    def hidden_share(self) -> float:
-        """How much of the work nobody has waited for, from 0 to 1."""
-        return max(0.0, 1 - self.waited_seconds / self.busy_seconds) if self.busy_seconds else 0.0
 
     @property
     def possible(self) -> bool:
@@ -131,10 +125,10 @@ class HostUpdates:
 
     def start(self, chunk: Chunk, job: Callable[[], None], gradient: Tensor, after: Mark) -> None:
         """Has ``job`` update ``chunk``, not before ``after``; ``gradient`` is given back when that is over."""
-        self._begin()
+        worker = self._begun()
         self.count += 1
         update = _HostUpdate(chunk, job, gradient, after, self._finish)
-        update.future = self._worker.submit(update.run)
+        update.future = worker.submit(update.run)
         self._under_way.append(update)
         chunk.deferred = update
 
@@ -146,19 +140,17 @@ class HostUpdates:
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """Has the worker do something else between updates; it is done at once where there is no background."""
         if self.threads is not None:
-            self._begin()
-            return self._worker.submit(job)
+            return self._begun().submit(job)
         job()
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _begin(self) -> None:
-        """Starts the thread, if it is not there yet."""
-        if not self._begun:
-            self._begun, default = True, torch.get_num_threads()
-            self._worker.submit(_nothing).result()
-            torch.set_num_threads(default)  # the worker's own number is not for threads that others start later
+    def _begun(self) -> Worker:
+        if self._worker is None:
+            assert self.threads is not None
+            self._worker = self.threads.worker("gemini-update")
+        return self._worker
 
     def keep(self, most: int) -> None:
         """Waits until no more than ``most`` are under way: each has a gradient that takes memory.
@@ -192,7 +184,8 @@ class HostUpdates:
             self._collect(self._under_way[0])
         for chunk in self._torn:
             chunk.deferred = None
-        self._worker.close(wait=True)
+        if self._worker is not None:
+            self._worker.close(wait=True)
 
     def _finish(self, update: _HostUpdate) -> None:
         if update in self._under_way:  # else it has failed before
@@ -222,7 +215,3 @@ class HostUpdates:
                 "those of any step. Go on from the last checkpoint."
             )
             self._failure.__cause__ = error
-
-
-def _nothing() -> None:
-    return

@@ -12,6 +12,7 @@ from lightning_gemini.core.memory import Tier, format_bytes
 from lightning_gemini.core.playbook import Known
 from lightning_gemini.core.speeds import Speeds
 from lightning_gemini.core.store import Store
+from lightning_gemini.core.worker import hidden_share
 
 
 def memory_report(store: Store, known: Sequence[Known], updates: Iterable[ChunkUpdate], waiting: bool) -> str:
@@ -53,7 +54,7 @@ def memory_report(store: Store, known: Sequence[Known], updates: Iterable[ChunkU
         lines.append(
             f"{host_updates.count} chunks updated in the background by {host_updates.threads}: "
             f"{host_updates.busy_seconds:.3g} s of work, {host_updates.waited_seconds:.3g} s waited for, "
-            f"{host_updates.hidden_share:.0%} hidden"
+            f"{hidden_share(host_updates.busy_seconds, host_updates.waited_seconds) or 0:.0%} hidden"
         )
     if store.layout.world_size > 1:
         lines.append(

@@ -23,7 +23,6 @@ from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.speeds import Speeds, slowest
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.streams import Lane, best_seconds
-from lightning_gemini.core.worker import Worker
 from lightning_gemini.optim.adam import Adam
 from lightning_gemini.optim.kernel import Kernel, kernel_for
 from lightning_gemini.optim.operands import Operands
@@ -182,12 +181,11 @@ def _with_threads(threads: HostThreads | None, measure: Callable[[], float]) -> 
     if threads is None:
         return measure()
     found: list[float] = []
-    worker, default = Worker("gemini-measure", threads.apply), torch.get_num_threads()
+    worker = threads.worker("gemini-measure")
     try:
         worker.submit(lambda: found.append(measure())).result()
     finally:
         worker.close(wait=True)
-        torch.set_num_threads(default)  # the worker's own number is not for threads that others start later
     return found[0]
 
 

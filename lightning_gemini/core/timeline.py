@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from lightning_gemini.core.errors import ConfigurationError
+from lightning_gemini.core.worker import hidden_share
 
 #: The form of the JSON; it grows whenever a reader of the older form would read something wrong, or refuse it.
 FORMAT = 2
@@ -148,7 +149,7 @@ class Timeline:
     @property
     def update_hidden_share(self) -> float | None:
         """How much of the updates nobody waited for, from 0 to 1; ``None`` if there were none."""
-        return max(0.0, 1 - self.update_waited / self.update_seconds) if self.update_seconds else None
+        return hidden_share(self.update_seconds, self.update_waited)
 
     def places(self, moment: int) -> list[Place]:
         """Where each chunk is at moment number ``moment``."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient, square_sum
-from lightning_gemini.core.errors import DisagreementError, GeminiError, NonFiniteError
+from lightning_gemini.core.errors import DisagreementError, GeminiError, NonFiniteError, UpdateError
 from lightning_gemini.core.gradients import Gradients
 from lightning_gemini.core.placement import Placement
 from lightning_gemini.core.store import Store
@@ -18,7 +18,7 @@ from lightning_gemini.core.update_policy import UpdatePolicy
 from lightning_gemini.optim.loss_scale import LossScale
 
 #: What the ranks agree on before an update, beside gradients and buffers.
-N_FLAGS = 3
+N_FLAGS = 4
 
 
 class Verdict:
@@ -66,6 +66,7 @@ class Verdict:
         Raises:
             GeminiError: this rank cannot make it; nothing has changed.
             DisagreementError: another rank cannot.
+            UpdateError: an update has failed in the background, on this rank or another one.
             NonFiniteError: gradients are not finite, and that is not to be skipped.
             StepFailedError, PeerError: the step has failed on another rank.
         """
@@ -99,14 +100,20 @@ class Verdict:
         except GeminiError as error:
             failure = error
         used, self._used = self._used, []
-        flags = [failure is not None, *self._placement.complaints(), *self._buffers.changed()]
-        sound, (failed, grown, short, *changed) = self._ballot.settle(chunks, flags, used)
+        flags = [failure is not None, isinstance(failure, UpdateError), *self._placement.complaints()]
+        sound, agreed = self._ballot.settle(chunks, [*flags, *self._buffers.changed()], used)
+        failed, torn, grown, short, *changed = agreed
         self._placement.heed(grown, short)
         if failed:
             self._gradients.discard(chunks)  # they may be what was wrong
             self._suspect()
         if failure is not None:
             raise failure
+        if torn:
+            raise UpdateError(
+                "an update has failed in the background of another rank, whose error says why: the weights are not "
+                "those of any step. Go on from the last checkpoint."
+            )
         if failed:
             raise DisagreementError("another rank could not take this step; no rank did, and the weights are unchanged")
         if any(changed):

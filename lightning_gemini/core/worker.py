@@ -58,3 +58,8 @@ def _work_off(prepare: Callable[[], None], jobs: SimpleQueue[_Job | None]) -> No
         else:
             future.set_result(None)
         del entry, job, future  # they hold buffers
+
+
+def hidden_share(busy: float, waited: float) -> float | None:
+    """How much of ``busy`` seconds of a worker nobody has waited for, from 0 to 1; ``None`` if it had nothing to do."""
+    return max(0.0, 1 - waited / busy) if busy else None
