@@ -55,7 +55,7 @@ class HostThreads:
         try:
             worker.submit(lambda: None).result()
         except BaseException:
-            worker.close()
+            worker.close(wait=True)
             raise
         finally:
             torch.set_num_threads(default)  # the worker's own number is not for threads that others start later
