@@ -252,7 +252,7 @@ def test_each_request_of_a_step_is_refused_on_one_rank(place: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_each_request_of_a_step_is_refused_on_one_of_two_ranks(place: str) -> None:
-    ours, theirs = run_ranks(_refuse_each, 2, place, [0, FAILING])
+    ours, theirs = run_ranks(_refuse_each, 2, place, [0, FAILING] if place == "auto" else [FAILING])
     assert [one[:2] for one in ours] == [one[:2] for one in theirs]
     assert [capacity for *_, capacity in ours] == [capacity for *_, capacity in theirs]
     assert any(failed for _, failed, *_ in ours)
@@ -263,11 +263,10 @@ def test_each_request_of_a_step_is_refused_on_one_of_two_ranks(place: str) -> No
 # The model's own operations
 
 _MODEL_CASES = [
-    Case(place, where, on=on, clip=clip)
+    Case(place, where, on=on, clip=on == (1,))
     for place in PLACES
     for where in ("forward", "backward", "recomputation")
     for on in ((0,), (1,), (0, 1))
-    for clip in (False, True)
 ]
 _MODEL_CASES += [
     Case(place, where, on=on, micro=micro, clip=on == (0,))
@@ -277,16 +276,14 @@ _MODEL_CASES += [
     for micro in (0, 1)
 ]
 _MODEL_CASES += [
-    Case(place, where, on=on, optimizers=2)
+    Case(place, where, on=(0,), optimizers=2)
     for place in PLACES
     for where in ("forward", "backward")
-    for on in ((0,), (1,))
 ]
 _MODEL_CASES += [
     Case(place, where, trap=trap, on=(1,))
     for place in PLACES
-    for where in ("forward", "backward")
-    for trap in (0, 1, 3, 4)
+    for where, trap in (("forward", 0), ("forward", 4), ("backward", 1), ("backward", 3))
 ]
 _MODEL_CASES += [Case(place, "forward", on=(1,), error=ValueError, clip=clip) for place in PLACES for clip in (0, 1)]
 
