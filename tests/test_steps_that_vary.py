@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_gemini.core import Engine, shard
 from tests.outcomes import group
@@ -94,3 +97,20 @@ def _drop_layers_with_less() -> tuple[list[float], list[float]]:
 def test_layers_that_are_dropped_at_random_on_two_ranks() -> None:
     for expected, losses in run_ranks(_drop_layers_with_less, 2):
         torch.testing.assert_close(losses, expected)
+
+
+def test_a_step_under_reentrant_checkpoints_is_one_with_gradients() -> None:
+    model, optimizer, engine = make(4, chunk_size=1088, placement="host", device_memory=16 * CHUNK)
+    for number in range(6):
+        with engine.accumulate() if number % 3 < 2 else nullcontext():
+            with engine.forward("training_step"):
+                x = torch.ones(2, 32, requires_grad=True)
+                loss = checkpoint(model, x, use_reentrant=True).square().mean()
+            with engine.backward():
+                loss.backward()
+        if number % 3 == 2:
+            optimizer.step()
+    with torch.no_grad(), engine.forward("training_step"):
+        model(torch.ones(2, 32))
+    kinds = re.findall("^(training_step.*): fetches", engine.memory_report(), re.MULTILINE)
+    assert sorted(kinds) == ["training_step", "training_step without gradients", "training_step, accumulating"]

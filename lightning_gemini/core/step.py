@@ -66,6 +66,7 @@ class Step:
         self._drain = drain
         self._recorded = recorded
         self._scope: str | None = None  # the name of the step under way, if somebody gave one
+        self._with_gradients = False  # whether they were on where it was given
         self._depth = 0  # of scopes in which no chunk moves
         self._backwards = 0  # in the step under way
         self.uses = Uses(store, schedule, units)
@@ -89,7 +90,7 @@ class Step:
         outermost = not self.running
         if outermost:
             self.end(updates=False)  # of a forward that no backward has followed
-            self._scope = name
+            self._enter(name)
         self.uses.enter_scope(name)
         try:
             with self._pulse.step(name), self._saved.hooks(), self.hidden.watch(name):
@@ -124,7 +125,7 @@ class Step:
         """A step in which chunks stay where they are: there is nothing to be done unless it fails."""
         if not self._depth:
             self.end(updates=False)
-            self._scope = name
+            self._enter(name)
         self._depth += 1
         try:
             yield
@@ -133,6 +134,10 @@ class Step:
             raise
         finally:
             self._depth -= 1
+
+    def _enter(self, name: str) -> None:
+        # a reentrant checkpoint turns gradients off within a step that has some
+        self._scope, self._with_gradients = name, torch.is_grad_enabled()
 
     def _fail(self, error: BaseException) -> None:
         """Ends the step under way; raises if that is to be done with another error."""
@@ -151,13 +156,14 @@ class Step:
     def kind(self) -> str:
         """What kind of step is under way."""
         name = self._scope or "step"
-        if not torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+        expected = self._with_gradients or torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1
+        if not expected:
             return f"{name} without gradients"
         return f"{name}, accumulating" if self._gradients.accumulating else name
 
     def end(self, updates: bool) -> None:
         """The step under way is over, if there is one; ``updates`` tells whether an update follows."""
-        self._scope, self._backwards = None, 0
+        self._scope, self._with_gradients, self._backwards = None, False, 0
         self._drain.step_over()
         trace = self._schedule.end(updates)
         if trace is not None:
@@ -168,7 +174,7 @@ class Step:
     def reset(self) -> None:
         """Forgets the forward and the backward under way."""
         self._pulse.abandon()
-        self._scope, self._backwards = None, 0
+        self._scope, self._with_gradients, self._backwards = None, False, 0
         self._drain.step_over()
         self.let_go()
 
