@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gemini import GeminiStrategy
+from lightning_gemini.core import shard
+from lightning_gemini.core.errors import PeerError
 from tests import cases
 from tests.lightning_cases import Module, loader, on_ranks, trainer
 from tests.ranks import RankError, run_ranks
@@ -319,3 +321,38 @@ def test_the_model_after_an_exception_on_all_ranks_and_the_next_fit() -> None:
         for values in (*found["kept"], *found["host"]):
             torch.testing.assert_close(values, [p.detach() for p in plain.parameters()], rtol=2e-3, atol=3e-4)
         assert all(found["small"])
+
+
+# Exchanges that cannot even begin
+
+
+def _broken_while_a_chunk_is_coming() -> str:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(6)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    groups = {"group": dist.group.WORLD, "reduce_group": dist.new_group()}
+    engine = shard(model, [optimizer], chunk_size=1088, placement="host", **groups)
+    for _ in range(3):  # recorded, and then by a plan, with chunks that come ahead of their need
+        with engine.forward("a step"):
+            loss = model(torch.ones(2, 32)).square().mean()
+        with engine.backward():
+            loss.backward()
+        optimizer.step()
+
+    def gather(*_: Any) -> Any:
+        raise PeerError("the others are gone")
+
+    engine.store.collectives.gather = gather  # type: ignore[method-assign]
+    try:
+        with engine.forward("a step"):
+            model(torch.ones(2, 32))
+    except Exception as error:
+        return repr(error)
+    finally:
+        del engine.store.collectives.gather
+        engine.release()
+    return "nothing"
+
+
+def test_what_is_raised_is_why_a_gather_could_not_begin() -> None:
+    assert run_ranks(_broken_while_a_chunk_is_coming, 2) == ["PeerError('the others are gone')"] * 2

@@ -126,10 +126,10 @@ class Arrivals:
             DisagreementError: another rank gathers another chunk.
         """
         arrival = self._before_gather.pop(chunk.index, None)
-        if arrival is None:
-            self._arrive(self._under_way.pop(chunk.index))
-        else:
+        if arrival is not None:
             arrival.call_off()
+        elif chunk.index in self._under_way:  # not if its gather could not begin
+            self._arrive(self._under_way.pop(chunk.index))
 
     def forget(self, chunk: Chunk) -> None:
         """After a failure or an interrupt: ``chunk`` is not to be filled; waits for no other rank."""
