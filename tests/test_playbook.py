@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -53,6 +55,18 @@ def test_steps_are_timed_from_one_beginning_to_the_next_if_they_went_as_planned(
     assert known.measured == 2.0
     assert known.plan is not None
     known.go_by(known.plan, None)
+    assert known.measured is None
+
+
+def test_times_are_kept_where_planning_anew_finds_the_same_plan() -> None:
+    playbook = Playbook()
+    known = planned(playbook, 0, 1)
+    plan = known.plan
+    assert plan is not None
+    known.times.append(2.0)
+    known.go_by(replace(plan), None)  # as when another kind of step has been recorded
+    assert known.measured == 2.0
+    known.go_by(replace(plan, start=(0,)), None)
     assert known.measured is None
 
 

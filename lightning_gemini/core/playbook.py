@@ -47,9 +47,10 @@ class Known:
         return statistics.median(times) if times else None
 
     def go_by(self, plan: StepPlan, forecast: Forecast | None) -> None:
-        """Steps go by ``plan`` from now on."""
+        """Steps go by ``plan`` from now on, which may be the one that they went by."""
+        if (plan, forecast) != (self.plan, self.forecast):
+            self.times.clear()
         self.plan, self.forecast = plan, forecast
-        self.times.clear()
 
     def resident(self, at: int) -> set[int]:
         """The chunks that are unsharded, or coming, when moment number ``at`` begins, by the plan."""
