@@ -25,12 +25,25 @@ BUILT: list[Engine] = []
 PATIENCE = 20.0
 
 
+#: Threads of engines that other tests of the process have left behind.
+_OTHERS: set[threading.Thread] = set()
+
+
+def note_threads() -> None:
+    """Those that live now are of no concern to :func:`threads`."""
+    _OTHERS.update(threading.enumerate())
+
+
 def threads() -> list[str]:
-    """The names of this package's threads that live; the one that waits for other ranks may take a moment to end."""
+    """The names of this package's threads that have been started since :func:`note_threads`.
+
+    The one that waits for other ranks may take a moment to end.
+    """
     for thread in threading.enumerate():
-        if thread.name == "gemini-wait":
+        if thread.name == "gemini-wait" and thread not in _OTHERS:
             thread.join(5.0)
-    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("gemini-"))
+    found = (thread.name for thread in threading.enumerate() if thread not in _OTHERS)
+    return sorted(name for name in found if name.startswith("gemini-"))
 
 
 @contextmanager

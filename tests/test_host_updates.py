@@ -23,6 +23,7 @@ from tests.background import (
     built,
     gated,
     loss_of,
+    note_threads,
     release_all,
     threads,
     train,
@@ -33,6 +34,7 @@ from tests.test_mixed import assert_same_bits
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
+    note_threads()
     yield
     release_all()
 

@@ -275,11 +275,7 @@ _MODEL_CASES += [
     for on in ((0,), (1,))
     for micro in (0, 1)
 ]
-_MODEL_CASES += [
-    Case(place, where, on=(0,), optimizers=2)
-    for place in PLACES
-    for where in ("forward", "backward")
-]
+_MODEL_CASES += [Case(place, where, on=(0,), optimizers=2) for place in PLACES for where in ("forward", "backward")]
 _MODEL_CASES += [
     Case(place, where, trap=trap, on=(1,))
     for place in PLACES

@@ -12,7 +12,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -150,13 +150,15 @@ class Stopwatch:
         return self._seconds
 
     def _resolve(self) -> None:
-        with suppress(IndexError):  # also where a watchdog asks from another thread
-            while True:
+        while self._pending:
+            try:
                 before, after = self._pending.popleft()
-                if not after.query():
-                    self._pending.appendleft((before, after))
-                    return
-                self._seconds += before.elapsed_time(after) / 1000
+            except IndexError:  # a watchdog asks from another thread
+                return
+            if not after.query():
+                self._pending.appendleft((before, after))
+                return
+            self._seconds += before.elapsed_time(after) / 1000
 
 
 class Laps:
