@@ -195,5 +195,5 @@ def test_the_slowest_rank_counts() -> None:
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan])
 def test_speeds_are_positive(wrong: float) -> None:
-    with pytest.raises(ValueError, match="host_update must be positive"):
+    with pytest.raises(ValueError, match="host_update must be at least 1"):
         replace(FREE, host_update=wrong)

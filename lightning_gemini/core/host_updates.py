@@ -135,7 +135,8 @@ class HostUpdates:
     @property
     def under_way(self) -> tuple[int, ...]:
         """The indices of the chunks whose update is not over, in the order of their turns."""
-        return tuple(update.chunk.index for update in self._under_way if not update.future.done())
+        # a copy at once: a watchdog asks from another thread
+        return tuple(update.chunk.index for update in tuple(self._under_way) if not update.future.done())
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """Has the worker do something else between updates; it is done at once where there is no background."""

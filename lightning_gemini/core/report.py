@@ -68,7 +68,7 @@ def chunk_states(store: Store) -> str:
     """What every chunk is doing, a line each; waits for nothing, so any thread may ask."""
     return "\n".join(
         f"chunk {chunk.index}: {chunk.state.name}, home {chunk.home.name}, {chunk.pins} pins, from {chunk.names[0]} on"
-        f"{', an update is under way' if chunk.deferred is not None else ''}"
+        f"{', an update is under way' if chunk.index in store.host_updates.under_way else ''}"
         for chunk in list(store.chunks)
     )
 
@@ -92,7 +92,8 @@ def _step_line(known: Known) -> str | None:
     moved = [f"fetches {format_bytes(plan.fetched)}"]
     if plan.gathered:
         moved.append(f"gathers {format_bytes(plan.gathered)}")
-    least = f" (the least with these homes and this memory: {format_bytes(plan.least)})"
+    both = f"{format_bytes(plan.fetched + plan.gathered)} together, " if plan.gathered else ""
+    least = f" ({both}the least with these homes and this memory: {format_bytes(plan.least)})"
     offloads = f", offloads {format_bytes(plan.offloaded)}" if plan.offloaded else ""
     most = max((a + m.other for a, m in zip(plan.peak, known.trace.moments, strict=True)), default=0)
     return (

@@ -18,7 +18,7 @@ class Speeds:
         device_update: elements updated on the device.
 
     Raises:
-        ValueError: one of them is not positive.
+        ValueError: one of them is below 1.
     """
 
     fetch: float
@@ -30,8 +30,8 @@ class Speeds:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not value > 0:
-                raise ValueError(f"the speed {field.name} must be positive, got {value}.")
+            if value is not None and not value >= 1:
+                raise ValueError(f"the speed {field.name} must be at least 1 per second, got {value}.")
 
 
 def slowest(every: Iterable[Speeds]) -> Speeds:
