@@ -23,6 +23,7 @@ from lightning_gemini import GeminiStrategy
 from lightning_gemini.core import Engine, Home, shard
 from lightning_gemini.core.collectives import Collectives, _timeout_seconds
 from lightning_gemini.core.hang import Hang
+from lightning_gemini.core.host_updates import HostUpdates
 from lightning_gemini.core.peers import Board
 from lightning_gemini.core.pulse import Pulse
 from lightning_gemini.core.watchdog import Watchdog
@@ -310,7 +311,7 @@ def test_a_process_that_does_not_end_is_ended(deaf: bool) -> None:
     assert ended.wait(10) == 0
 
 
-def test_what_is_written_down_waits_for_nothing() -> None:
+def test_what_is_written_down_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Layers()
     engine = shard(model, [torch.optim.SGD(model.parameters(), lr=0.1)], home=Home.HOST, chunk_size=1152)
     sections = engine.store.collectives.pulse.sections
@@ -322,6 +323,7 @@ def test_what_is_written_down_waits_for_nothing() -> None:
         def then(self, _: Callable[[], None]) -> bool:
             return True
 
+    monkeypatch.setattr(HostUpdates, "under_way", (1,))
     with engine.forward():
         model(torch.ones(2, 32)).sum()
         for chunk in engine.store.chunks:
@@ -334,7 +336,9 @@ def test_what_is_written_down_waits_for_nothing() -> None:
         for gradient in engine.optimizers.gradients(None):
             gradient.landing = None
     assert set(texts) == {"Step", "Chunks", "Gradients", "Memory"}
-    assert "an update is under way" in texts["Chunks"]
+    assert [line.split(":")[0] for line in texts["Chunks"].splitlines() if "an update is under way" in line] == [
+        "chunk 1"
+    ]
     assert "on its way to host memory" in texts["Gradients"]
 
 

@@ -24,6 +24,9 @@ _PREFIX = "timed out: "
 #: Ranks that a message lists; the file has all of them.
 _LISTED_RANKS = 8
 
+_LOOKS, _SHORTEST, _LONGEST = 40, 0.05, 10.0  # looks in one timeout; seconds between two
+_LOOKS_TO_ANSWER = 3  # of a watchdog, after it was called
+
 #: How long whoever raises waits for the watchdog that is writing the same file.
 _WRITING_SECONDS = 5.0
 
@@ -41,12 +44,14 @@ class Hang:
     Attributes:
         rank: this one.
         timeout: as given.
+        period: seconds between two looks of a watchdog.
         broken: why nothing can be exchanged any more, if that is so.
     """
 
     def __init__(self, pulse: Pulse, board: Board, timeout: float, folder: Path, name: int) -> None:
         self.rank = board.rank
         self.timeout = timeout
+        self.period = min(max(timeout / _LOOKS, _SHORTEST), _LONGEST)
         self.broken: str | None = None
         self._pulse = pulse
         self._board = board
@@ -100,6 +105,7 @@ class Hang:
         if failed:
             text = "; ".join(failed)
         elif timed_out:
+            self._ask()
             path = self._write(f"{what} has not ended within {seconds:.1f} s")
             text = f"{_PREFIX}rank {self.rank} waited {seconds:.1f} s in {what}. {self._others(what)} {_REMEDIES} "
             text += _pointer(path)
@@ -121,6 +127,17 @@ class Hang:
         if timed_out or words or _BROKEN.search(str(error)):
             self.broken = text
         return text
+
+    def _ask(self) -> None:
+        """Asks ranks that have not been asked yet where they are, and gives their watchdogs the time to say it."""
+        self._board.tell(self._now())
+        if len(self._board.told()) == len(self._board.others):
+            return
+        self._alarms += 1
+        self._board.call(self._alarms)
+        deadline = time.monotonic() + _LOOKS_TO_ANSWER * self.period
+        while len(self._board.told()) < len(self._board.others) and time.monotonic() < deadline:
+            time.sleep(_SHORTEST)
 
     def _now(self) -> str:
         return f"{self._pulse.where()} [at {time.strftime('%H:%M:%S')}]"

@@ -16,7 +16,6 @@ _LOG = logging.getLogger(__name__)
 #: The share of the timeout after which a rank counts as stuck. The others have the rest of it to say where they are,
 #: and where a timeout ends the process (NCCL) the file has to be there before.
 _STUCK_SHARE = 0.9
-_LOOKS, _SHORTEST, _LONGEST = 40, 0.05, 10.0  # looks in one timeout; seconds between two
 
 _JOIN_SECONDS = 2.0
 
@@ -38,7 +37,7 @@ class Watchdog:
         self._pulse = pulse
         self._hang = hang
         self._clock = clock
-        self.period = min(max(hang.timeout / _LOOKS, _SHORTEST), _LONGEST)
+        self.period = hang.period
         self._seen = pulse.beats
         self._looked = clock()
         self._still = 0.0  # seconds without progress
