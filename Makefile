@@ -9,7 +9,7 @@ demo: .venv/ready
 	$(BIN)/lightning-gemini report runs/opt_demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

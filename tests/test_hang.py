@@ -336,9 +336,8 @@ def test_what_is_written_down_waits_for_nothing(monkeypatch: pytest.MonkeyPatch)
         for gradient in engine.optimizers.gradients(None):
             gradient.landing = None
     assert set(texts) == {"Step", "Chunks", "Gradients", "Memory"}
-    assert [line.split(":")[0] for line in texts["Chunks"].splitlines() if "an update is under way" in line] == [
-        "chunk 1"
-    ]
+    updating = [line for line in texts["Chunks"].splitlines() if "an update is under way" in line]
+    assert [line.split(":")[0] for line in updating] == ["chunk 1"]
     assert "on its way to host memory" in texts["Gradients"]
 
 
