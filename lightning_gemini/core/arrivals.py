@@ -44,8 +44,9 @@ class _Arrival:
                 self.mark.join()
 
 
-#: Gathers under way before more of those begin that may have to wait for an update.
-_GATHERS_AHEAD = 2
+#: Gathers under way before more of those begin that may have to wait for an update: fewer hide less of what a gather
+#: takes, more have the forward wait for updates that it does not need yet.
+_GATHERS_AHEAD = 8
 
 
 class Arrivals:
