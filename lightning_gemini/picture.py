@@ -139,7 +139,7 @@ def _hidden(timeline: Timeline) -> str:
     share = timeline.update_hidden_share
     if share is None:
         return ""
-    return f"; {_seconds(timeline.update_seconds)} of updates in host memory, {share:.0%} hidden"
+    return f"\n{_seconds(timeline.update_seconds)} of updates in host memory, {share:.0%} hidden behind other work"
 
 
 def _memory(ax: Axes, timeline: Timeline) -> None:

@@ -216,11 +216,11 @@ def title(result: Figure) -> list[str]:
 def test_the_title_says_what_and_how_much() -> None:
     assert title(figure(small())) == [
         "training step: rank 0 of 2, 4 chunks",
-        "10.00 MiB fetched from the host, 5.00 MiB offloaded; 500.0 ms, of which 2.0 ms waiting for chunks; "
-        "200.0 ms of updates in host memory, 75% hidden",
+        "10.00 MiB fetched from the host, 5.00 MiB offloaded; 500.0 ms, of which 2.0 ms waiting for chunks",
+        "200.0 ms of updates in host memory, 75% hidden behind other work",
     ]
     predicted = title(figure(replace(small(), predicted=0.4)))[1]
-    assert "; 500.0 ms (400.0 ms predicted up to the next step), of which 2.0 ms waiting for chunks; " in predicted
+    assert "; 500.0 ms (400.0 ms predicted up to the next step), of which 2.0 ms waiting for chunks" in predicted
     one = replace(sweep(1, 1), seconds=2.5)
     one = replace(one, moments=(replace(one.moments[0], waited=0.0),))
     assert title(figure(one)) == [
