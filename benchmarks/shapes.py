@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.workload import opt_settings
+
 _GIGA = 1e9
 
 
@@ -55,20 +57,7 @@ class Shape:
         """The model on the ``meta`` device, in fp32, ready to train."""
         from transformers import OPTConfig, OPTForCausalLM
 
-        config = OPTConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            ffn_dim=4 * self.width,
-            num_attention_heads=self.heads,
-            word_embed_proj_dim=self.width,
-            max_position_embeddings=self.length,
-            dropout=0.0,
-            attention_dropout=0.0,
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=2,
-        )
+        config = OPTConfig(**opt_settings(self.layers, self.width, self.heads, self.vocabulary, self.length))
         config.use_cache = False
         with torch.device("meta"):
             model = OPTForCausalLM(config).train()

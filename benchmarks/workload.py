@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,24 @@ class Workload(Protocol):
     def blocks(self, model: nn.Module) -> list[nn.Module]: ...
 
 
+def opt_settings(layers: int, width: int, heads: int, vocabulary: int, length: int) -> dict[str, Any]:
+    """What transformers' OPTConfig is given: the sizes, and no dropout."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "ffn_dim": 4 * width,
+        "num_attention_heads": heads,
+        "word_embed_proj_dim": width,
+        "max_position_embeddings": length,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    }
+
+
 @dataclass(frozen=True)
 class Opt:
     """transformers' OPT with tied embeddings, without dropout; 29.5M parameters as it stands here."""
@@ -35,20 +53,8 @@ class Opt:
         from transformers import OPTConfig, OPTForCausalLM
 
         torch.manual_seed(0)
-        config = OPTConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            ffn_dim=4 * self.width,
-            num_attention_heads=max(1, self.width // 64),
-            word_embed_proj_dim=self.width,
-            max_position_embeddings=self.length,
-            dropout=0.0,
-            attention_dropout=0.0,
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=2,
-        )
+        heads = max(1, self.width // 64)
+        config = OPTConfig(**opt_settings(self.layers, self.width, heads, self.vocabulary, self.length))
         return OPTForCausalLM(config).train()
 
     def batch(self) -> Tensor:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,3 +18,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def engines() -> Iterator[None]:
+    """Releases what ``background.built`` has built; threads of other tests are of no concern."""
+    from tests.background import note_threads, release_all
+
+    note_threads()
+    yield
+    release_all()
+
+
+@pytest.fixture
+def gates() -> Iterator[Any]:
+    """Holds updates in the background back."""
+    from tests.background import gated
+
+    with gated() as gates:
+        yield gates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,28 +21,14 @@ from tests.background import (
     batch,
     before_updates,
     built,
-    gated,
     loss_of,
-    note_threads,
-    release_all,
     threads,
     train,
     weights,
 )
 from tests.test_mixed import assert_same_bits
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    note_threads()
-    yield
-    release_all()
-
-
-@pytest.fixture
-def gates() -> Iterator[Gates]:
-    with gated() as gates:
-        yield gates
+pytestmark = pytest.mark.usefixtures("engines")
 
 
 # Order, and who waits for what

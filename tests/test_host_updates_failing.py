@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,26 +23,13 @@ from tests.background import (
     built,
     gated,
     loss_of,
-    note_threads,
-    release_all,
     threads,
     train,
     weights,
 )
 from tests.test_mixed import assert_same_bits
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    note_threads()
-    yield
-    release_all()
-
-
-@pytest.fixture
-def gates() -> Iterator[Gates]:
-    with gated() as gates:
-        yield gates
+pytestmark = pytest.mark.usefixtures("engines")
 
 
 # Failures

@@ -18,16 +18,13 @@ from torch.utils.data import DataLoader
 
 from lightning_gemini import GeminiStrategy, ShardedWeightAveraging
 from lightning_gemini.core import GeminiError
-from tests.background import as_late_as_possible, before_updates, note_threads, threads
+from tests.background import as_late_as_possible, before_updates, threads
 from tests.lightning_cases import Module, dataset, loader, on_ranks, trainer
 from tests.outcomes import check, rank, ranks
 from tests.ranks import run_ranks
 from tests.test_mixed import assert_same_bits
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> None:
-    note_threads()
+pytestmark = pytest.mark.usefixtures("engines")
 
 
 class Ruled(Module):

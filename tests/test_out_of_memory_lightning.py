@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,20 +135,18 @@ def _fail_for_good() -> None:
     trainer(GeminiStrategy(**STRATEGIES["host"])).fit(Full(), loader())
 
 
-def test_a_rank_that_cannot_even_take_part_ends_the_others() -> None:
+@pytest.mark.parametrize(
+    ("run", "why"),
+    [
+        (_fail_for_good, "But the other ranks could not be told"),  # it cannot even take part
+        (_fail_at_once, "it is not known what the others will do"),  # the step goes by no plan
+    ],
+)
+def test_a_failure_that_cannot_be_drained_ends_the_other_ranks(run: Callable[[], None], why: str) -> None:
     with pytest.raises(RankError) as raised:
-        run_ranks(_fail_for_good, 2, timeout=60)
+        run_ranks(run, 2, timeout=60)
     said = str(raised.value)
     assert "did not end" not in said
-    assert "But the other ranks could not be told" in said
-    assert "PeerError: rank 1 failed: OutOfBudgetError: memory ran out on rank 1" in said
-
-
-def test_a_step_that_goes_by_no_plan_ends_the_other_ranks() -> None:
-    with pytest.raises(RankError) as raised:
-        run_ranks(_fail_at_once, 2, timeout=40)
-    said = str(raised.value)
-    assert "did not end" not in said
+    assert why in said
     assert "OutOfBudgetError: memory ran out on rank 1 in " in said
-    assert "it is not known what the others will do" in said
     assert "PeerError: rank 1 failed: OutOfBudgetError: memory ran out on rank 1" in said

@@ -133,12 +133,9 @@ class Stopwatch:
             self._seconds += time.perf_counter() - start
             return
         self._resolve()  # so that events do not pile up where nobody asks
-        compute = torch.cuda.current_stream(self._device)
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record(compute)
+        before = _timing_event(self._device)
         yield
-        after.record(compute)
-        self._pending.append((before, after))
+        self._pending.append((before, _timing_event(self._device)))
 
     def seconds(self) -> float:
         """The sum of all measurements that are over, in seconds; it never falls.
@@ -218,6 +215,11 @@ def best_seconds(device: torch.device, work: Callable[[], object], times: int | 
 def _instant(device: torch.device) -> _Instant:
     if device.type != "cuda":
         return time.perf_counter()
+    return _timing_event(device)
+
+
+def _timing_event(device: torch.device) -> torch.cuda.Event:
+    """On the compute stream of ``device``, now."""
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
