@@ -7,15 +7,17 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from lightning_gemini.core import DtypePolicy, Home, UpdatePolicy, shard
+from lightning_gemini.core.speeds import Speeds
 from lightning_gemini.optim import Lion
 from lightning_gemini.optim.loss_scale import LossScale
-from tests.background import ONE_LAYER, Mlp, adamw, as_late_as_possible, loss_of, weights
+from tests.background import ONE_LAYER, Mlp, adamw, as_late_as_possible, loss_of, train, weights
 from tests.outcomes import check, group, rank, ranks
 from tests.test_mixed import HALF, SPLIT, assert_same_bits
 
@@ -124,11 +126,17 @@ def replace_scale(scale: LossScale) -> LossScale:
     return LossScale(scale.value, growth_interval=scale.growth_interval)
 
 
-def run(mode: Mode, overlap: bool, late: bool = False, steps: int = STEPS, **options: Any) -> tuple[list[Any], int]:
+def trained(mode: Mode, overlap: bool, late: bool = False, steps: int = STEPS, **options: Any) -> Run:
     with as_late_as_possible() if late else nullcontext(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is not finite: the step is skipped")
         one = Run(mode, overlap, options)
-        return one.go(steps), one.background
+        one.go(steps)
+        return one
+
+
+def run(mode: Mode, overlap: bool, late: bool = False, steps: int = STEPS, **options: Any) -> tuple[list[Any], int]:
+    one = trained(mode, overlap, late, steps, **options)
+    return one.said, one.background
 
 
 def compare(name: str, steps: int = STEPS) -> None:
@@ -172,7 +180,54 @@ def _planned() -> None:
     assert ranks() > 1 or len(numbers) == 2, "with more memory fewer chunks live on the host"
 
 
-SCENARIOS = [_on_two_ranks, _planned]
+#: Elements per second that host memory updates: seconds for each step, and next to nothing.
+SLOW, FAST = 1e2, 1e12
+
+
+def _planned_by(host_update: float) -> dict[str, Any]:
+    """Options for a plan that brings every chunk for the beginning of a step."""
+    return {"placement": "auto", "device_memory": 12000, "speeds": Speeds(1e12, 1e12, 1e12, host_update, 1e12)}
+
+
+def _slow_and_fast() -> None:
+    """Gathers are put off where updates are predicted to take long; not where they are a part of the backward."""
+    for name, host_update, patient in (("split", SLOW, True), ("split", FAST, False), ("in backward", SLOW, False)):
+        options = {"steps": 20, **_planned_by(host_update)}
+        at_once, _ = run(MODES[name], False, **options)
+        late = trained(MODES[name], True, late=True, **options)
+        assert late.engine.store.arrivals.patient is patient, (name, host_update)
+        assert late.background > 0
+        assert_same_bits(late.said, at_once)
+
+
+def _gathers_in_the_first_moment(host_update: float) -> list[int]:
+    """By step, how many chunks have been gathered when the first layer has computed; one at a time may be ahead."""
+    model, found = Mlp(), list[int]()
+    optimizer = adamw(model.parameters())
+    options = {"group": group(), "reduce_group": dist.new_group(), **_planned_by(host_update)}
+    engine = shard(model, [optimizer], chunk_size=ONE_LAYER, **options)
+    chunk, counters = engine.store.chunks[0], engine.counters
+    before = 0
+
+    def note(*_: Any) -> None:
+        found.append((counters.gathered_bytes - before) // (chunk.spec.nbytes - chunk.own.nbytes))
+
+    handle = model.layers[0].register_forward_hook(note)
+    with mock.patch("lightning_gemini.core.arrivals._GATHERS_AHEAD", 1):
+        for step in range(4):
+            before = counters.gathered_bytes
+            train(engine, optimizer, step)
+    handle.remove()
+    engine.release()
+    return found
+
+
+def _put_off() -> None:
+    assert _gathers_in_the_first_moment(SLOW) == [1, 1, 1, 1]
+    assert _gathers_in_the_first_moment(FAST) == [1, 4, 4, 4], "the first step is recorded"
+
+
+SCENARIOS = [_on_two_ranks, _planned, _slow_and_fast, _put_off]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from lightning_gemini.core.speedometer import exchange
 from lightning_gemini.core.speeds import Speeds
 from lightning_gemini.core.store import Store
 from lightning_gemini.core.streams import Laps, best_seconds
-from tests.outcomes import group
+from tests.outcomes import group, rank
 from tests.placing import SPLIT, in_groups, language_model, lm_step
 from tests.ranks import run_ranks
 
@@ -175,6 +176,7 @@ def test_a_step_is_planned_without_speeds_if_need_be(monkeypatch: pytest.MonkeyP
     known = steps(made, 3)
     assert known.plan is not None
     assert (known.forecast, known.predicted) == (None, None)
+    assert made[2].store.arrivals.patient, "nobody knows how long updates take"
     assert "predicted" not in made[2].memory_report()
     assert "s measured" in made[2].memory_report()
 
@@ -194,6 +196,22 @@ def test_ranks_agree_on_the_slowest_speeds() -> None:
     assert speeds is not None
     assert speeds.gather is not None
     assert 1e4 < speeds.gather < 1e13
+
+
+def _patience_of_ranks(host_updates: tuple[float, float]) -> bool:
+    speeds = Speeds(1e12, 1e12, None, host_updates[rank()], 1e12)
+    with mock.patch("lightning_gemini.core.speedometer._measure", return_value=speeds):
+        made = matrices()
+        steps(made, 3)
+    made[2].release()
+    return made[2].store.arrivals.patient
+
+
+@pytest.mark.parametrize(("host_updates", "patient"), [((1e12, 1e4), True), ((1e12, 1e12), False)])
+def test_one_rank_with_slow_updates_has_all_of_them_put_gathers_off(
+    host_updates: tuple[float, float], patient: bool
+) -> None:
+    assert run_ranks(_patience_of_ranks, 2, host_updates) == [patient, patient]
 
 
 # Predictions

@@ -4,7 +4,8 @@ NOTE: after an update.
 What is brought ahead of its need may still be updated in the background. Then this rank's slice is copied by the thread
 that updates, as soon as that is over, and nobody waits. The other ranks' slices are gathered in one order on all ranks,
 which must not depend on how far an update is on one of them: the gather of a chunk that has been updated since it was
-last gathered begins with a later moment, a few gathers ahead of what is needed then.
+last gathered begins with a later moment, a few gathers ahead of what is needed then. Where updates take little time
+(not ``patient``) all gathers begin with the next moment, and what is left of the updates is waited for.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class Arrivals:
         lane: of the copies.
         tags: compares what has been gathered with what was wanted.
         counters: of the bytes.
+
+    Attributes:
+        patient: whether no more than a few gathers begin ahead of their need, so that nobody waits for updates that
+            are not needed yet; to be set, equal on all ranks.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class Arrivals:
         sizes = [chunk.nbytes for chunk in layout.chunks]
         self._common_nbytes = max(set(sizes), key=lambda nbytes: (sizes.count(nbytes), nbytes))
         self._longest_slice = max(sizes) // layout.world_size
+        self.patient = True
         self._updated: set[int] = set()  # since they were last gathered, the same on all ranks
         self._under_way: dict[int, _Arrival] = {}
         self._before_gather: dict[int, _Arrival] = {}
@@ -97,8 +103,9 @@ class Arrivals:
     @property
     def waiting(self) -> bool:
         """Whether :meth:`proceed` has something to do."""
-        several = self._layout.world_size > 1
-        return several and bool(self._before_gather) and len(self._under_way) < _GATHERS_AHEAD
+        if self._layout.world_size == 1 or not self._before_gather:
+            return False
+        return not self.patient or len(self._under_way) < _GATHERS_AHEAD
 
     def proceed(self) -> None:
         """A moment begins: gathers what was begun ahead of its need, in that order, as far as it is needed soon.

@@ -37,6 +37,11 @@ from lightning_gemini.core.trace import Moment, Trace, merge
 #: Unsharded chunks beside those in use where the device is to hold little: one that comes, and two that are idle.
 _WINDOW_CHUNKS = 3
 
+#: Updates in host memory that are predicted to take at most this part of a step's compute are waited for by the next
+#: gathers. It is small because speeds are measured in the processor's cache: updates of small chunks, in a step, can
+#: take ten times as long.
+_SHORT_UPDATE = 0.01
+
 #: The part of the budget that goes, at least, when memory runs out.
 _LEAST_CUT = 20
 
@@ -119,6 +124,7 @@ class Placement:
             with suppress(DoesNotFitError):
                 made = self._plan([trace], self._agreed)
                 known.go_by(made.steps[0], self._forecast(trace, made.steps[0], made.on_device))
+                self._choose_patience()
                 return
         self.replan()
         if self._cold and trace.updates:
@@ -145,6 +151,7 @@ class Placement:
             made = self._plan(traces, "auto")
         for one, step in zip(known, made.steps, strict=True):
             one.go_by(step, self._forecast(one.trace, step, made.on_device))
+        self._choose_patience()
         self._move(made.on_device)
         self._set_limit()
         self._schedule.journal.ask()
@@ -241,6 +248,16 @@ class Placement:
         if self._speeds is None:
             return None
         return forecast(trace, step, on_device, self._sizes(), self._speeds, self._overlap)
+
+    def _choose_patience(self) -> None:
+        """Gathers are put off only where updates take long, by numbers that the ranks have agreed on.
+
+        Updates within a backward count as none: those under way at its end are of the chunks that come first.
+        """
+        forecasts = [known.forecast for known in self._playbook.known]
+        self._store.arrivals.patient = any(
+            one is None or one.host_update > _SHORT_UPDATE * one.compute for one in forecasts
+        )
 
     def _sizes(self) -> list[ChunkBytes]:
         footprints = self._footprints
