@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_gemini.checkpoint.state import flat_average
 from lightning_gemini.core import ConfigurationError
 from lightning_gemini.core.average import ShardAverage
 from lightning_gemini.strategy import GeminiStrategy
@@ -43,6 +44,7 @@ class ShardedWeightAveraging(Callback):
                 f"start_step must be 0 or more and every_n_steps 1 or more, got {start_step!r} and {every_n_steps!r}."
             )
         self.decay, self.start_step, self.every_n_steps, self.validate = decay, start_step, every_n_steps, validate
+        self._strategy: GeminiStrategy | None = None
         self._average: ShardAverage | None = None
         self._buffers: dict[str, Tensor] = {}
         self._hidden_buffers: dict[str, Tensor] | None = None
@@ -55,6 +57,7 @@ class ShardedWeightAveraging(Callback):
                 f"ShardedWeightAveraging averages the shards of the gemini strategy, but the trainer has "
                 f"{type(trainer.strategy).__name__}. Use lightning.pytorch.callbacks.WeightAveraging there."
             )
+        self._strategy = trainer.strategy
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._average = trainer.strategy.engine.average()
@@ -107,10 +110,15 @@ class ShardedWeightAveraging(Callback):
         self._average, self._hidden_buffers = None, None
 
     def state_dict(self) -> dict[str, Any]:
-        """The average whole, on rank 0; every rank has to call."""
-        if self._average is None:
+        """The average, whole on rank 0 or spread over the ranks as the checkpoint is; every rank has to call."""
+        if self._average is None or self._strategy is None:
             return {}
-        return {"updates": self._updates, "weights": self._average.gather(), "buffers": dict(self._buffers)}
+        weights = flat_average(self._strategy.engine.store, self._average) if self._strategy.saves_shards else None
+        return {
+            "updates": self._updates,
+            "weights": self._average.gather() if weights is None else weights,
+            "buffers": {name: buffer.clone() for name, buffer in self._buffers.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict or None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -14,6 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lightning_gemini.pretrained import from_pretrained
 
 
 class CausalLM(L.LightningModule):
@@ -27,7 +28,8 @@ class CausalLM(L.LightningModule):
             `transformers` lists under causal language models.
         config: Settings of the Hugging Face configuration to change, such as hidden_size. Special token ids
             are unset unless they are given here: the byte and BPE vocabularies have none of the usual ones.
-        pretrained: Name or path of a pretrained checkpoint to start from, instead of model_type.
+        pretrained: Name or path of a pretrained checkpoint to start from, instead of model_type. With the gemini
+            strategy its weights go from the files into the chunks, and no process ever holds the model.
         vocab_size: Number of token ids. By default the data module's.
         learning_rate: Peak learning rate of AdamW, reached after the warm-up.
         final_learning_rate: Where the cosine decay ends, as a fraction of the peak.
@@ -91,10 +93,7 @@ class CausalLM(L.LightningModule):
         if self.pretrained is None:
             model = AutoModelForCausalLM.from_config(self._scratch_config(), dtype=dtype)
         else:
-            # Weights that exist cannot be loaded to `meta`.
-            on_meta = torch.get_default_device().type == "meta"
-            with torch.device("cpu") if on_meta else nullcontext():
-                model = AutoModelForCausalLM.from_pretrained(self.pretrained, **self.config, dtype=dtype)
+            model = from_pretrained(AutoModelForCausalLM, self.pretrained, **self.config, dtype=dtype)
         self._check_fits_data(model.config.get_text_config())
         # A key/value cache is of no use in training; `generate_text` asks for one.
         model.config.use_cache = False

@@ -176,6 +176,11 @@ class TextData(L.LightningDataModule):
         return self._bpe_vocab_size if self._tokenizer_name == "bpe" else self._get_tokenizer().vocab_size
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer as one of transformers, which goes with an exported model; `None` for bytes."""
+        return self._get_tokenizer().as_transformers
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes a token stands for on average in this text; a separator counts as one byte."""
         if self._tokenizer_name == "bytes":

@@ -43,6 +43,9 @@ class EvenLoader:
     def __init__(self, loader: Any, vote: Callable[[bool], bool]) -> None:
         self._loader = loader
         self._vote = vote
+        for name in ("state_dict", "load_state_dict"):  # looked for without __getattr__ from Python 3.12 on
+            if hasattr(loader, name):
+                setattr(self, name, getattr(loader, name))
 
     def __iter__(self) -> Iterator[Any]:
         batches, number, end = iter(self._loader), 0, object()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_gemini.callbacks import MemoryReport, TokensPerSecond
 from lightning_gemini.causal_lm import CausalLM
+from lightning_gemini.checkpoint.manifest import MANIFEST_NAME
+from lightning_gemini.checkpoint.reader import CheckpointReader
+from lightning_gemini.checkpoint.whole import read_rest
 from lightning_gemini.data import TextData
 
 DESCRIPTION = "Train models larger than the GPU. Without other instructions: a small language model on text."
@@ -20,9 +26,11 @@ MORE_HELP = (
     "Settings of the default model and data: --model.help CausalLM and --data.help TextData. "
     "Any LightningModule and LightningDataModule can take their place: --model my_module.MyModel."
 )
-REPORT_HELP = (
-    "Without a Trainer: lightning-gemini report RUN_DIR prints the memory report of a run and draws one of its steps; "
-    "see lightning-gemini report --help."
+WITHOUT_TRAINER_HELP = (
+    "Without a Trainer: lightning-gemini report RUN_DIR prints the memory report of a run and draws one of its steps, "
+    "verify CHECKPOINT compares a checkpoint with its checksums and says what is in it, consolidate DIR OUT.ckpt makes "
+    "one file of a sharded one, export DIR OUT_DIR writes its model for transformers; see lightning-gemini report "
+    "--help, and so on."
 )
 SAMPLE_PROMPT = "def "
 SAMPLE_TOKENS = 200
@@ -51,7 +59,7 @@ class GeminiCLI(LightningCLI):
             parser_kwargs={
                 "parser_mode": "omegaconf",
                 "description": DESCRIPTION,
-                "epilog": REPORT_HELP,
+                "epilog": WITHOUT_TRAINER_HELP,
                 **{name: {"epilog": MORE_HELP} for name in self.subcommands()},
             },
             args=args,
@@ -65,6 +73,20 @@ class GeminiCLI(LightningCLI):
                 "data": {"class_path": "lightning_gemini.data.TextData"},
             }
         )
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model's settings from a sharded checkpoint, too: it is a folder, and Lightning looks into files."""
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if not path or not os.path.isfile(os.path.join(path, MANIFEST_NAME)):
+            super()._parse_ckpt_path()
+            return
+        settings = read_rest(CheckpointReader(path), weights_only=True).get("hyper_parameters", {})
+        with tempfile.NamedTemporaryFile(suffix=".ckpt") as file:
+            torch.save({"hyper_parameters": settings}, file.name)
+            self.config[subcommand]["ckpt_path"] = file.name
+            super()._parse_ckpt_path()
+        self.config[subcommand]["ckpt_path"] = path
 
     def instantiate_classes(self) -> None:
         """Let a constructor's own error through, which comes wrapped in one about unions of types."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import atexit
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from subprocess import Popen, TimeoutExpired
 from typing import Any, Literal, get_args
@@ -33,6 +33,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gemini.core import ConfigurationError
+from lightning_gemini.core.errors import CheckpointError
 
 StartMethod = Literal["auto", "popen", "spawn", "fork", "forkserver"]
 
@@ -114,16 +115,21 @@ class RankStrategy(ParallelStrategy):
         device_id = self.root_device if self.root_device.type != "cpu" else None
         _init_dist_connection(self.cluster_environment, self._backend, timeout=self._timeout, device_id=device_id)
 
+    @property
+    def parted(self) -> bool:
+        """Whether a rank has failed and the others with it, so that they do not wait for each other any more."""
+        return False
+
     @override
     def barrier(self, name: str | None = None) -> None:
-        if _distributed_is_initialized():
+        if _distributed_is_initialized() and not self.parted:
             on_device = {"device_ids": [self.root_device.index]} if dist.get_backend() == "nccl" else {}
             with self.explains(f"a barrier{f' ({name})' if name else ''}"):
                 dist.barrier(**on_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if not _distributed_is_initialized():
+        if not _distributed_is_initialized() or self.parted:
             return obj
         box = [obj]
         with self.explains("a broadcast"):
@@ -134,7 +140,7 @@ class RankStrategy(ParallelStrategy):
     def reduce(
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or self.parted:
             return tensor
         with self.explains("a reduction of values, as of a log or of whether every rank has a batch"):
             return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
@@ -143,6 +149,30 @@ class RankStrategy(ParallelStrategy):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         with self.explains("an all-gather of values"):
             return super().all_gather(tensor, group, sync_grads)
+
+    @contextmanager
+    def on_all_ranks(self) -> Iterator[None]:
+        """Around what each rank does alone: if it fails on one of them, all raise. All ranks have to call."""
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        texts = self.exchange(None if failed is None else f"{type(failed).__name__}: {failed}")
+        if failed is not None:
+            raise failed
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise CheckpointError(f"rank {rank} failed: {text}")
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, by rank; all of them have to call."""
+        if not _distributed_is_initialized() or self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self.explains("an exchange of objects"):
+            dist.all_gather_object(values, value)
+        return values
 
     def abandon_processes(self, failed: bool) -> None:
         """Notes whether the ranks that this process started have to be ended with it, because the run has failed.
@@ -166,6 +196,10 @@ class RankStrategy(ParallelStrategy):
         own = dist.get_backend() == "gloo"
         gathers = dist.new_group(timeout=self._timeout) if own else dist.group.WORLD
         return gathers, dist.new_group(timeout=self._timeout)
+
+    def make_host_group(self) -> dist.ProcessGroup | None:
+        """A group of all ranks for what is in host memory; ``None`` for a process alone. All ranks have to call."""
+        return dist.new_group(timeout=self._timeout, backend="gloo") if self.world_size > 1 else None
 
 
 def end_processes(processes: Sequence[Popen[bytes]], patience: float = 10.0) -> None:

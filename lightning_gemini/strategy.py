@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,23 +12,27 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_gemini.budgets import Budgets
+from lightning_gemini.checkpoint.fingerprint import fingerprint
+from lightning_gemini.checkpoint.loading import LoadedWeights
+from lightning_gemini.checkpointing import Checkpointing, StateDictType
 from lightning_gemini.core import ConfigurationError, Engine, UpdatePolicy, shard
-from lightning_gemini.core.construct import leave_meta, load_on_meta, return_to_meta, to_host
+from lightning_gemini.core.construct import leave_meta, return_to_meta, to_host
 from lightning_gemini.core.errors import ended_together
-from lightning_gemini.even import even, require_even
+from lightning_gemini.even import require_even
 from lightning_gemini.handover import hand_back
 from lightning_gemini.precision import GeminiPrecision
-from lightning_gemini.ranks import RankStrategy, StartMethod
+from lightning_gemini.pretrained import chunks_come
+from lightning_gemini.ranks import StartMethod
+from lightning_gemini.resume import ResumableStrategy
+from lightning_gemini.resumption import Resume, Resumption
 from lightning_gemini.step_file import run_folder, write_step
 from lightning_gemini.supported import require_no_waiting_gradients, require_supported
 
@@ -37,7 +41,7 @@ Placement = Literal["auto", "device", "host", "cuda", "cpu"]
 _PLACEMENTS = {"auto": "auto", "device": "device", "cuda": "device", "host": "host", "cpu": "host"}
 
 
-class GeminiStrategy(RankStrategy):
+class GeminiStrategy(ResumableStrategy):
     """Trains models that do not fit one device: parameters, gradients and optimizer states in sharded chunks.
 
     Needs no change to the LightningModule. See ``docs/design.md`` for how it works.
@@ -65,6 +69,14 @@ class GeminiStrategy(RankStrategy):
             waits for its own weights alone, and the numbers are the same. False makes every step() wait for the update.
         check: Watch every step, not only the first of each kind, for reads of parameters that no hook sees (a loop over
             self.parameters(), a weight in a list), serve them and name them in engine.hidden_reads.
+        state_dict_type: What checkpoints are: "sharded", a folder into which each rank writes its shards, or "full",
+            one ordinary Lightning file, for which rank 0 gathers everything. Any number of ranks loads either.
+        async_save: Write sharded checkpoints while training goes on, from a copy in host memory that counts as such.
+            What fails then is raised at the next step.
+        save_frozen: Whether parameters that need no gradient are saved. Without them a model has to have their values,
+            as pretrained ones do, before a checkpoint is loaded.
+        resume: What fit(ckpt_path=...) takes. "exact": everything, and it refuses to go on with another model,
+            optimizer or precision. "cast": everything, converted to another precision. "weights": only them.
         process_group_backend: Backend of torch.distributed; by default nccl for CUDA and gloo for the CPU.
         timeout_seconds: Seconds after which a wait for other ranks fails, on all of them. A rank that gets stuck leaves
             gemini_hang-rank0.txt (or its own number) in the run's folder: its stacks, and the state of its chunks.
@@ -94,6 +106,10 @@ class GeminiStrategy(RankStrategy):
         update: Literal["at_step", "in_backward"] = "at_step",
         overlap: bool = True,
         check: bool = False,
+        state_dict_type: StateDictType = "sharded",
+        async_save: bool = False,
+        save_frozen: bool = True,
+        resume: Resume = "exact",
         process_group_backend: str | None = None,
         timeout_seconds: float = 1800.0,
         start_method: StartMethod = "auto",
@@ -112,6 +128,8 @@ class GeminiStrategy(RankStrategy):
             cluster_environment,
             checkpoint_io,
             precision_plugin,
+            checkpoints=Checkpointing(state_dict_type, async_save, save_frozen),
+            resumption=Resumption(resume),
         )
         if not isinstance(placement, str) or placement not in _PLACEMENTS:
             raise ConfigurationError(f"placement must be one of {', '.join(_PLACEMENTS)}, got {placement!r}.")
@@ -130,21 +148,7 @@ class GeminiStrategy(RankStrategy):
         self._update = update
         self._overlap = overlap
         self._check = check
-        self._engine: Engine | None = None
-        self._unbuilt: set[nn.Parameter] = set()
-        self._exact: dict[nn.Parameter, Tensor] = {}  # of a checkpoint, until there are chunks
         self._failed = self._parted = False
-
-    @property
-    def engine(self) -> Engine:
-        """The engine of the run under way.
-
-        Raises:
-            RuntimeError: there is none, before ``setup`` and after ``teardown``.
-        """
-        if self._engine is None:
-            raise RuntimeError("the engine exists only while the Trainer runs: from its setup to its teardown")
-        return self._engine
 
     def memory_report(self) -> str:
         """The chunks and the memory they take on this rank, in words."""
@@ -182,8 +186,7 @@ class GeminiStrategy(RankStrategy):
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        # not on the device, which may be smaller than the model; setup() initialises what is on meta
-        with torch.device("meta") if empty_init else nullcontext(), self.precision_plugin.tensor_init_context():
+        with chunks_come(on_meta=bool(empty_init)), self.precision_plugin.tensor_init_context():
             yield
 
     @override
@@ -205,24 +208,29 @@ class GeminiStrategy(RankStrategy):
         self._reset_optimizers_and_schedulers()
         if not fitting and not any(True for _ in self.model.parameters()):
             return  # nothing to shard, and nothing that needs it
-        unbuilt = self._unbuilt | leave_meta(self.model, self.root_device)
+        loaded, self._resumption.loaded = self._resumption.loaded, None
+        unbuilt = (loaded.unbuilt if loaded is not None else set()) | leave_meta(self.model, self.root_device)
         try:
             if fitting:
                 self.setup_optimizers(trainer)
             self.setup_precision_plugin()
-            self._engine = self._shard(unbuilt)
+            found = fingerprint(self.model, self.optimizers, self.precision_plugin.policy)
+            self._resumption.compare(found, self.lightning_module.strict_loading)
+            self._checkpoints.begin(found)
+            self._engine = self._shard(unbuilt, loaded)
         except BaseException:
             return_to_meta(self.model, unbuilt)  # so that it can be tried again
+            if loaded is not None:
+                loaded.take_back()
             raise
-        finally:
-            self._unbuilt, self._exact = set(), {}
+        self._checkpoints.attach(self._engine, self.make_host_group(), trainer.datamodule)
         self.model = self.precision_plugin.convert_module(self.lightning_module)
         self.precision_plugin.engine = self._engine
         for wrapper, chunks in zip(self._lightning_optimizers, self._engine.optimizers, strict=True):
             # the wrapper inherits from the optimizer's class, so it would find that class's own method
             wrapper.zero_grad = chunks.zero_grad  # type: ignore[method-assign]
 
-    def _shard(self, unbuilt: set[nn.Parameter]) -> Engine:
+    def _shard(self, unbuilt: set[nn.Parameter], loaded: LoadedWeights | None) -> Engine:
         assert self.model is not None
         group, reduce_group = self.make_groups()
         return shard(
@@ -240,7 +248,7 @@ class GeminiStrategy(RankStrategy):
             policy=self.precision_plugin.policy,
             update=replace(self.precision_plugin.update_policy(self._update), overlap=self._overlap),
             unbuilt=unbuilt,
-            exact=self._exact,
+            sources=[] if loaded is None else [loaded],
             check=self._check,
             hang_folder=run_folder(self._trainer),
         )
@@ -267,10 +275,14 @@ class GeminiStrategy(RankStrategy):
     @override
     def teardown(self) -> None:
         if self._engine is not None:
+            self._checkpoints.close(self._failed, self._parted and self.world_size > 1)
+            if self.optimizers and not self._failed:
+                self._checkpoints.remember(self._engine, self.lightning_module)
             if not self._failed:
                 write_step(self._trainer, self._engine)
             hand_back(self._engine, self._parted and self.world_size > 1, self._budgets.host_bytes(self.num_processes))
             self._engine = None
+            self._checkpoints.settle()
         if isinstance(self._precision_plugin, GeminiPrecision):
             self._precision_plugin.engine = None
         # module.cpu() would copy placeholders out to their full size, and fail on meta
@@ -319,11 +331,6 @@ class GeminiStrategy(RankStrategy):
             self._engine.sync_buffers()
             require_even(self._engine.store.collectives, batches, what)
 
-    @property
-    def _trainer(self) -> L.Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
-
     @override
     def on_validation_start(self) -> None:
         checking = self._trainer.sanity_checking
@@ -343,51 +350,19 @@ class GeminiStrategy(RankStrategy):
     def on_train_start(self) -> None:
         self.engine.check_model()
         require_even(self.engine.store.collectives, [self._trainer.num_training_batches], "training")
+        super().on_train_start()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._checkpoints.check()
         if batch_idx == 0:  # loaders may be new ones in each epoch
             require_even(self.engine.store.collectives, [self._trainer.num_training_batches], "training")
-
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        return super().process_dataloader(
-            even(dataloader, self.reduce_boolean_decision) if self.world_size > 1 else dataloader
-        )
 
     @contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
         with self.engine.accumulate(hear=True):  # Lightning itself lets the ranks wait for each other after each batch
             yield
-
-    # Checkpoints: for now one ordinary Lightning file, written by rank 0
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        with self.engine.summon(rank0_only=True, exact=True):
-            return self.lightning_module.state_dict() if self.is_global_zero else {}
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        return self.engine.optimizer_state_dict(optimizer)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        if self._engine is not None:
-            with self._engine.summon(writeback=True):
-                self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
-            return
-        self._unbuilt, self._exact = load_on_meta(self.lightning_module, checkpoint["state_dict"], strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self.engine.load_optimizer_state_dict(optimizer, state)
 
     @classmethod
     @override

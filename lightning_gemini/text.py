@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +14,16 @@ BPE_SEPARATOR = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; `separator` is what stands after every document."""
+    """Text to token ids and back; `separator` is what stands after every document.
+
+    `as_transformers` is the same as a tokenizer of transformers, `None` where there is none.
+    """
 
     vocab_size: int
     separator: list[int]
+
+    @property
+    def as_transformers(self) -> Any: ...
 
     def encode(self, text: str) -> Sequence[int] | np.ndarray: ...
 
@@ -28,6 +35,7 @@ class ByteTokenizer:
 
     vocab_size = 256
     separator = [0]
+    as_transformers = None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8)
@@ -64,6 +72,12 @@ class BPETokenizer:
         tokenizer.train_from_iterator(texts, trainer)
         tokenizer.save(str(file))
 
+    @cached_property
+    def as_transformers(self) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(tokenizer_object=self._tokenizer, eos_token=BPE_SEPARATOR)
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -88,6 +102,10 @@ class PretrainedTokenizer:
         end = self._tokenizer.eos_token_id
         end = self._tokenizer.sep_token_id if end is None else end
         self.separator = self.encode("\n\n") if end is None else [end]
+
+    @property
+    def as_transformers(self) -> Any:
+        return self._tokenizer
 
     def encode(self, text: str) -> list[int]:
         # verbose: no warning that a whole document is longer than the model's window

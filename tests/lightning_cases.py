@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
+from lightning_gemini.checkpoint.consolidate import consolidate
+from lightning_gemini.checkpoint.reader import CheckpointReader
 from tests import cases
 
 SAMPLES = 22  # not a multiple of what accumulation and ranks would like
@@ -81,6 +84,15 @@ def trainer(strategy: Any = "gemini", devices: int | None = None, **settings: An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return L.Trainer(strategy=strategy, devices=devices, **{**quiet, **settings})
+
+
+def as_file(path: Any) -> Path:
+    """A checkpoint of any kind as one file, which plain Lightning and torch read; each rank gets its own."""
+    if not os.path.isdir(path):
+        return Path(path)
+    out = Path(f"{path}-whole-{dist.get_rank() if dist.is_initialized() else 0}")
+    consolidate(CheckpointReader(path), out)
+    return out
 
 
 def on_ranks() -> None:

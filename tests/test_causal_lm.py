@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_gemini.callbacks import TokensPerSecond
 from lightning_gemini.causal_lm import CausalLM
 from lightning_gemini.data import ByteTokenizer
+from tests.lightning_cases import as_file
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_OPT = TINY | {"ffn_dim": 32, "max_position_embeddings": 32, "dropout": 0.0}
@@ -181,7 +182,7 @@ def test_checkpoint_loads_without_the_data(tmp_path):
     model = tiny()
     run = trainer(tmp_path, max_steps=1, enable_checkpointing=True, callbacks=ModelCheckpoint(tmp_path, "saved"))
     run.fit(model, datamodule=Letters())
-    loaded = CausalLM.load_from_checkpoint(tmp_path / "saved.ckpt")
+    loaded = CausalLM.load_from_checkpoint(as_file(tmp_path / "saved.ckpt"))
     assert loaded.vocab_size == 256
     torch.testing.assert_close(weights(loaded), weights(model))
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_gemini import GeminiStrategy, ShardedWeightAveraging
 from lightning_gemini.core import GeminiError
 from tests.background import as_late_as_possible, before_updates, threads
-from tests.lightning_cases import Module, dataset, loader, on_ranks, trainer
+from tests.lightning_cases import Module, as_file, dataset, loader, on_ranks, trainer
 from tests.outcomes import check, rank, ranks
 from tests.ranks import run_ranks
 from tests.test_mixed import assert_same_bits
@@ -66,7 +66,7 @@ def fitted(overlap: bool, folder: Path, averaged: bool = False, **settings: Any)
     assert threads() == []
     saved = []
     for path in sorted(folder.glob("*.ckpt")) if rank() == 0 else ():
-        checkpoint = torch.load(path, weights_only=False)
+        checkpoint = torch.load(as_file(path), weights_only=False)
         saved.append([checkpoint["state_dict"], checkpoint["optimizer_states"]])
     assert rank() or len(saved) >= 10 // settings.get("accumulate_grad_batches", 1)
     return [watches.seen, saved, module.losses, [param.detach().clone() for param in module.parameters()]]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lightning_cases import trainer
+from tests.test_causal_lm import Letters, tiny
 from tests.test_launchers import EXPECTED, ROOT, losses, run
 
 PACKAGE = ROOT / "lightning_gemini"
@@ -18,16 +20,40 @@ PACKAGE = ROOT / "lightning_gemini"
 #: From the top: a file imports from later rows only.
 ROOMS = [
     ["cli"],
-    ["lightning_cli", "report_cli"],
+    ["lightning_cli", "report_cli", "checkpoint_cli", "export_cli"],
     ["picture"],
     ["causal_lm", "callbacks", "averaging"],
     ["data"],
     ["text"],
     ["strategy"],
-    ["ranks", "precision", "even", "supported", "handover", "budgets", "step_file"],
+    ["resume"],
+    ["checkpoint_strategy", "restart"],
+    ["resumption"],
+    ["checkpointing"],
+    ["ranks", "precision", "even", "supported", "handover", "budgets", "step_file", "pretrained", "loaders"],
+    ["random_state"],
+    ["checkpoint"],
+    ["checkpoint.automatic"],
+    ["checkpoint.io", "checkpoint.plain", "checkpoint.newest", "checkpoint.consolidate", "checkpoint.summary"],
+    ["checkpoint.whole", "checkpoint.huggingface"],
+    ["checkpoint.loading", "checkpoint.background", "checkpoint.saving", "checkpoint.after"],
+    ["checkpoint.state"],
+    ["checkpoint.lazy", "checkpoint.contents"],
+    ["checkpoint.flat", "checkpoint.fingerprint"],
+    ["checkpoint.boxes", "checkpoint.scalars"],
+    ["checkpoint.huggingface_about", "checkpoint.huggingface_files", "checkpoint.weight_file"],
+    ["checkpoint.writer", "checkpoint.reader", "checkpoint.removal"],
+    ["checkpoint.stored_files", "checkpoint.commit", "checkpoint.kinds"],
+    ["checkpoint.full_file", "checkpoint.streamed"],
+    ["checkpoint.hashing", "checkpoint.planning", "checkpoint.location", "checkpoint.sweep"],
+    ["checkpoint.local", "checkpoint.remote", "checkpoint.output"],
+    ["checkpoint.folder", "checkpoint.lock", "checkpoint.manifest", "checkpoint.tensor_file"],
+    ["checkpoint.operations"],
+    ["transformers_private"],
     ["core"],
     ["core.shard"],
     ["core.engine"],
+    ["core.rest"],
     ["core.step"],
     ["core.hooks", "core.norms", "core.stand_in", "core.verdict", "core.drain"],
     ["core.ballot"],
@@ -44,8 +70,9 @@ ROOMS = [
     ["core.use"],
     ["core.access", "core.guard"],
     ["core.schedule"],
-    ["core.journal", "core.recorder", "core.playbook", "core.first_homes"],
+    ["core.journal", "core.recorder", "core.playbook", "core.first_homes", "core.sources"],
     ["core.construct", "core.buffers", "core.average", "core.refusal", "core.speedometer"],
+    ["core.adapters"],
     ["core.failure", "core.residents"],
     ["core.store"],
     ["core.arrivals", "core.host_updates"],
@@ -197,6 +224,13 @@ def test_every_readme_command_runs(command: str, tmp_path: Path) -> None:
         assert (ROOT / arguments[2]).parent == ROOT / "configs"  # run above
     elif program == "lightning-gemini" and "--help" in arguments:
         assert "usage" in run(sys.executable, "-m", "lightning_gemini.cli", *arguments)
+    elif program == "lightning-gemini" and arguments[0] in ("verify", "consolidate", "export"):
+        fit = trainer(max_epochs=1)
+        fit.fit(tiny(), datamodule=Letters())
+        fit.save_checkpoint(tmp_path / "saved")
+        names = {"CHECKPOINT": "saved", "DIR": "saved", "OUT.ckpt": "out.ckpt", "OUT_DIR": "out"}
+        arguments = [str(tmp_path / names[one]) if one in names else one for one in arguments]
+        assert run(sys.executable, "-m", "lightning_gemini.cli", *arguments)
     elif program == "lightning-gemini":
         texts = tmp_path / "my_texts"
         texts.mkdir()

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_gemini import GeminiStrategy
-from tests.lightning_cases import Module, dataset, loader, trainer
+from tests.lightning_cases import Module, as_file, dataset, loader, trainer
 from tests.test_strategy import STRATEGIES
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -290,7 +290,7 @@ def exceptions(make: Make, folder: Path) -> Any:
         run = make(callbacks=[saver], accumulate_grad_batches=2 if place == "on_after_backward" else 1, **settings)
         with pytest.raises(ArithmeticError, match="boom"):
             run.fit(module, loader(), loader())
-        saved = torch.load(folder / f"{place}.ckpt", weights_only=True)
+        saved = torch.load(as_file(folder / f"{place}.ckpt"), weights_only=True)
         assert 1 <= saved["global_step"] <= 12
         kept = weights(module), list(saved["state_dict"].values()), saved["optimizer_states"]
         results.append((kept, train(make, module)))

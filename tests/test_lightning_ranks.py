@@ -26,8 +26,9 @@ from torchmetrics.regression import MeanSquaredError
 
 from lightning_gemini import GeminiStrategy
 from tests import cases
-from tests.lightning_cases import Module, dataset, loader, on_ranks, trainer
+from tests.lightning_cases import Module, as_file, dataset, loader, on_ranks, trainer
 from tests.ranks import run_ranks
+from tests.resuming import CountedBatches
 from tests.test_lightning_features import FEATURES, Feature, Make, assert_same, check, facts, plain, train, weights
 from tests.test_strategy import STRATEGIES
 
@@ -225,12 +226,14 @@ def detect_anomaly_and_deterministic(make: Make, _: Path) -> Any:
 def model_checkpoint(make: Make, folder: Path) -> Any:
     best = cb.ModelCheckpoint(folder, "{epoch}-{step}", monitor="val_loss", save_top_k=2)
     steps = cb.ModelCheckpoint(folder, "at-{step}", every_n_train_steps=4, save_top_k=-1, save_last="link")
-    fit = train(make, Module(lr=0.02), callbacks=[best, steps], enable_checkpointing=True, max_epochs=4)
+    # looks after its position itself, as plain Lightning needs it
+    data = CountedBatches(loader(), shuffle=False)
+    fit = train(make, Module(lr=0.02), data, callbacks=[best, steps], enable_checkpointing=True, max_epochs=4)
     names = sorted(path.name for path in folder.iterdir())
     assert len(names) == 2 + 6 + 1
-    plainly = Module.load_from_checkpoint(best.best_model_path)
+    plainly = Module.load_from_checkpoint(as_file(best.best_model_path))
     run, resumed, path = make(max_epochs=2), Module(), folder / "at-step=8.ckpt"
-    run.fit(resumed, loader(), loader(), ckpt_path=path)
+    run.fit(resumed, CountedBatches(loader(), shuffle=False), loader(), ckpt_path=path)
     evaluated = [run.validate(Module(), loader(), ckpt_path=path, verbose=False),
                  run.test(Module(), loader(), ckpt_path=best.best_model_path, verbose=False),
                  run.predict(Module(), loader(), ckpt_path=path)[0].square().mean()]  # fmt: skip
@@ -258,9 +261,9 @@ def hyperparameters_and_edited_checkpoints(make: Make, folder: Path) -> Any:
     saver, module = cb.ModelCheckpoint(folder, "edited"), Saved("FrozenBackbone", lr=0.02, note="kept")
     run, path = make(callbacks=[saver], enable_checkpointing=True, max_epochs=1), folder / "edited.ckpt"
     run.fit(module, loader("FrozenBackbone"))
-    loaded = Saved.load_from_checkpoint(path)
+    loaded = Saved.load_from_checkpoint(as_file(path))
     assert (loaded.mine, loaded.hparams.note, loaded.lr) == (7, "kept", 0.02)
-    assert not any("backbone" in key for key in torch.load(path, weights_only=False)["state_dict"])
+    assert not any("backbone" in key for key in torch.load(as_file(path), weights_only=False)["state_dict"])
     resumed, run = Saved("FrozenBackbone", lr=0.02), make(max_epochs=2)
     run.fit(resumed, loader("FrozenBackbone"), ckpt_path=path)
     assert resumed.mine == 7

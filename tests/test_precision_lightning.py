@@ -20,7 +20,7 @@ from lightning_gemini.core import ConfigurationError, NonFiniteError
 from lightning_gemini.optim import Lion
 from lightning_gemini.precision import GeminiPrecision
 from tests import cases
-from tests.lightning_cases import Module, loader, on_ranks, trainer
+from tests.lightning_cases import Module, as_file, loader, on_ranks, trainer
 from tests.ranks import run_ranks
 from tests.test_mixed import assert_same_bits
 
@@ -284,7 +284,7 @@ def test_the_loss_scale_is_saved_and_restored(tmp_path: Path) -> None:
     whole = Saves()
     make("16-mixed", settings=settings, max_epochs=5).fit(whole, loader())
     assert max(scales) == 2.0**35, "the first step overflows"
-    saved = torch.load(tmp_path / "at.ckpt", weights_only=True)["GeminiPrecision"]
+    saved = torch.load(as_file(tmp_path / "at.ckpt"), weights_only=True)["GeminiPrecision"]
     assert saved["scale"] == scales[17]
     assert saved["_growth_tracker"] > 0
     expected, scales = scales[18:], []

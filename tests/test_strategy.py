@@ -18,7 +18,7 @@ import lightning_gemini  # noqa: F401, registers the strategies
 from lightning_gemini import GeminiStrategy
 from lightning_gemini.core import Home, NonFiniteError
 from tests import cases
-from tests.lightning_cases import Module, loader, on_ranks, trainer
+from tests.lightning_cases import Module, as_file, loader, on_ranks, trainer
 from tests.ranks import run_ranks
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -333,15 +333,16 @@ def epochs(strategy: Any, folder: Path | None, number: int, resume: Path | None 
     module = Module("opt")
     saver = [ModelCheckpoint(folder, save_last=True)] if folder else []
     run = trainer(strategy, max_epochs=number, callbacks=saver, enable_checkpointing=bool(folder))
-    run.fit(module, loader("opt"), ckpt_path=resume)
+    run.fit(module, loader("opt"), ckpt_path=as_file(resume) if resume and strategy == "auto" else resume)
     return module
 
 
-@pytest.mark.parametrize("first", ["auto", "gemini", "gemini_host"])
+@pytest.mark.parametrize("first", ["auto", "gemini", "gemini_host", "full"])
 @pytest.mark.parametrize("then", ["auto", "gemini", "gemini_host"])
-def test_a_checkpoint_is_an_ordinary_one(first: str, then: str, tmp_path: Path) -> None:
+def test_checkpoints_are_read_by_all(first: str, then: str, tmp_path: Path) -> None:
     straight = epochs("auto", None, 2)
-    epochs(first, tmp_path, 1)
+    epochs(GeminiStrategy(state_dict_type="full") if first == "full" else first, tmp_path, 1)
+    assert (tmp_path / "last.ckpt").is_dir() == first.startswith("gemini")
     module = epochs(then, None, 2, tmp_path / "last.ckpt")
     assert module.losses == straight.losses[6:]
     for value, expected in zip(module.parameters(), straight.parameters(), strict=True):
@@ -382,7 +383,7 @@ def test_mixed_precision_checkpoints_hold_the_masters(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_last=True)
     run = trainer(precision="bf16-mixed", max_epochs=1, callbacks=[saver], enable_checkpointing=True)
     run.fit(module, loader("opt"))
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    saved = torch.load(as_file(tmp_path / "last.ckpt"), weights_only=True)["state_dict"]
     for key, value in module.named_parameters():
         assert saved[key].dtype == torch.float32
         assert torch.equal(saved[key], value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -83,6 +83,11 @@ class ShardAverage:
         for index, backup in self._backups.items():
             self._store.tier_of(self._store.chunks[index]).give(backup.nbytes)
         self._backups.clear()
+
+    def parts(self) -> Iterator[tuple[Chunk, Tensor]]:
+        """Each chunk that is averaged, and this rank's part of its average, fp32."""
+        for index, average in self._averages.items():
+            yield self._settled(index), average
 
     def gather(self) -> dict[str, Tensor]:
         """The whole average by parameter name, fp32 in host memory, on rank 0; all ranks have to call."""

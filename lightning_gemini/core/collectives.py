@@ -51,6 +51,7 @@ class Collectives:
 
     Attributes:
         pulse: what this rank is doing, for whoever wants to know whether it goes on.
+        parted: whether this rank has left the others; nothing can be exchanged any more.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Collectives:
             timeout = min(_timeout_seconds(g) for g in (self._gathers, self._reduces) if g is not None)
             self._hang = Hang(self.pulse, self._board, timeout, hang_folder, dist.get_rank())
         self._watchdog: Watchdog | None = None
-        self._parted = False
+        self.parted = False
         self._waiter = Worker("gemini-wait") if self._exchange else None
 
     def shard_of(self, full: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class Collectives:
                 that says where this one is. All that comes after it fails with the same words.
             StateError: the ranks have parted.
         """
-        if self._parted:
+        if self.parted:
             raise StateError("a rank has failed and the ranks have parted; nothing can be exchanged any more")
         if self._hang is None:
             yield
@@ -230,10 +231,10 @@ class Collectives:
         On gloo only, where a wait for a closed connection ends. Under NCCL the others wait inside the device, until
         their process group's timeout or their launcher ends them.
         """
-        if self._board is None or self._parted:
+        if self._board is None or self.parted:
             return
         self._board.post(word)
-        self._parted = True
+        self.parted = True
         self._stop_watching()
         groups, self._gathers, self._reduces = {self._gathers, self._reduces}, None, None
         for group in groups - {dist.group.WORLD} if self._exchange else ():

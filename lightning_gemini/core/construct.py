@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_gemini.core.adapters import initialise_adapters
 from lightning_gemini.core.chunk import placeholder
 from lightning_gemini.core.errors import ConfigurationError
 from lightning_gemini.core.store import Store
 
 _GET_DATA: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class WeightSource(Protocol):
+    """Where parameters get their values from, when there are chunks: a checkpoint, or a folder of pretrained weights.
+
+    Attributes:
+        params: that it fills; they may be on ``meta``, or placeholders.
+    """
+
+    params: Collection[nn.Parameter]
+
+    def fill(self, store: Store, index_of: Mapping[nn.Parameter, int]) -> None:
+        """Writes the values into the chunks, all ranks together; none of them needs to hold the whole."""
 
 
 def leave_meta(root: nn.Module, device: torch.device) -> set[nn.Parameter]:
@@ -33,6 +47,16 @@ def leave_meta(root: nn.Module, device: torch.device) -> set[nn.Parameter]:
 def return_to_meta(root: nn.Module, unbuilt: set[nn.Parameter]) -> None:
     """Undoes :func:`leave_meta`, for a model that could not be laid out."""
     _exchange(root, unbuilt, lambda param: torch.empty_like(param, device="meta"))
+
+
+def leave_meta_to_load(root: nn.Module, names: Collection[str]) -> None:
+    """Gives parameters and buffers on ``meta`` memory of the host, which ``load_state_dict`` is about to fill."""
+    params = {param for name, param in root.named_parameters(remove_duplicate=False) if name in names and param.is_meta}
+    _exchange(root, params, lambda param: torch.empty_like(param, device="cpu"))
+    for path, module in root.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and (f"{path}.{key}" if path else key) in names:
+                module._buffers[key] = torch.empty_like(buffer, device="cpu")
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -57,31 +81,6 @@ def _exchange(root: nn.Module, params: set[nn.Parameter], make: Callable[[nn.Par
         module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
 
 
-def load_on_meta(
-    root: nn.Module, state: Mapping[str, Any], strict: bool
-) -> tuple[set[nn.Parameter], dict[nn.Parameter, Tensor]]:
-    """``root.load_state_dict(state)`` for a model with parameters on ``meta``, which come to host memory.
-
-    Returns:
-        the parameters that are not in ``state``, and have no values yet; and the values in ``state`` of those that
-        hold them at a lower precision now.
-    """
-    unbuilt = leave_meta(root, torch.device("cpu"))
-    for param in unbuilt:
-        param.data = torch.empty(param.shape, dtype=param.dtype)
-    for path, module in root.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta and (f"{path}.{key}" if path else key) in state:
-                module._buffers[key] = torch.empty_like(buffer, device="cpu")
-    root.load_state_dict(state, strict=strict)
-    loaded = {param: state[name] for name, param in root.named_parameters(remove_duplicate=False) if name in state}
-    exact = {param: value for param, value in loaded.items() if value.dtype.itemsize > param.dtype.itemsize}
-    missing = unbuilt - loaded.keys()
-    for param in missing:
-        param.data = placeholder(param.shape, param.dtype, param.device)
-    return missing, exact
-
-
 def fill(store: Store, values: dict[int, Tensor]) -> None:
     """Writes the values of parameters that were built; rank 0's, as DDP does.
 
@@ -89,7 +88,7 @@ def fill(store: Store, values: dict[int, Tensor]) -> None:
         values: by index; emptied one by one, so that what is written can be freed.
     """
     for index in sorted(values):
-        _write(store, index, values.pop(index))
+        write(store, index, values.pop(index))
 
 
 def place_buffers(root: nn.Module, device: torch.device) -> None:
@@ -115,15 +114,19 @@ def initialise(root: nn.Module, store: Store, index_of: Mapping[nn.Parameter, in
     buffers = dict(_leave_meta_buffers(root, device))
     with torch.inference_mode(False), torch.no_grad():
         with _MaterialiseOnTouch(store, index_of, unbuilt) as touched:
-            _run_initialisers(root, unbuilt, set(buffers.values()), touched.seen)
+            adapters = initialise_adapters(root, unbuilt)
+            _run_initialisers(root, unbuilt - adapters, set(buffers.values()), touched.seen)
             touched.flush()
         for chunk in store.chunks:
             chunk.rebind()
         missing = [store.layout.params[index_of[p]].name for p in unbuilt if p not in touched.seen]
-        for index in sorted({store.layout.place(index_of[p])[0] for p in unbuilt}):
+        indices = {index_of[p] for p in unbuilt}
+        for index in sorted({store.layout.place(param)[0] for param in indices}):
             flat, spec = store.read(index), store.layout.chunks[index]
             missing += [
-                store.layout.params[slot.param].name for slot in spec.slots if _has_blank(flat[slot.offset : slot.end])
+                store.layout.params[slot.param].name
+                for slot in spec.slots
+                if slot.param in indices and _has_blank(flat[slot.offset : slot.end])
             ]
     missing += [name for name, buffer in buffers.items() if _has_blank(buffer)]
     if missing:
@@ -139,9 +142,14 @@ def _run_initialisers(
 ) -> None:
     whole = getattr(module, "initialize_weights", None)
     if callable(whole) and hasattr(module, "_init_weights"):
-        for part in (*module.modules(), *module.parameters()):
+        for part in module.modules():
             # set while the model was built on meta, when there was nothing to initialise
             part.__dict__.pop("_is_hf_initialized", None)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor in unbuilt or tensor in buffers:
+                tensor.__dict__.pop("_is_hf_initialized", None)
+            else:
+                tensor.__dict__["_is_hf_initialized"] = True  # it has values
         whole()
         return
     for child in module.children():
@@ -213,7 +221,7 @@ class _MaterialiseOnTouch(TorchFunctionMode):
     def _store_oldest(self) -> None:
         with torch._C.DisableTorchFunction():
             param = next(iter(self._alive))
-            _write(self._store, self._index_of[param], param.data)
+            write(self._store, self._index_of[param], param.data)
             param.data = placeholder(param.shape, param.dtype, param.device)
             del self._alive[param]
 
@@ -246,7 +254,8 @@ def _has_blank(tensor: Tensor) -> bool:
     return bool((tensor == blank).any() if isinstance(blank, int) else tensor.isnan().any())
 
 
-def _write(store: Store, index: int, value: Tensor) -> None:
+def write(store: Store, index: int, value: Tensor) -> None:
+    """Stores a whole parameter, rank 0's value; all ranks call."""
     collectives = store.collectives
     if collectives.world_size > 1:
         # contiguous and where the group can reach it

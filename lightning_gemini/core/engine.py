@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lightning_gemini.core.average import ShardAverage
 from lightning_gemini.core.ballot import Ballot
 from lightning_gemini.core.buffers import Buffers
 from lightning_gemini.core.chunk_gradient import ChunkGradient
+from lightning_gemini.core.construct import WeightSource
 from lightning_gemini.core.counters import Counters
 from lightning_gemini.core.drain import Drain
 from lightning_gemini.core.errors import ConfigurationError, StateError
@@ -28,6 +29,7 @@ from lightning_gemini.core.optimizers import Optimizers
 from lightning_gemini.core.phase import Phase
 from lightning_gemini.core.placement import Placement, PlacementPolicy
 from lightning_gemini.core.report import memory_report
+from lightning_gemini.core.rest import Rest
 from lightning_gemini.core.schedule import Schedule
 from lightning_gemini.core.step import Step
 from lightning_gemini.core.store import Store
@@ -43,6 +45,7 @@ class Engine:
     Attributes:
         layout: which parameter lies in which chunk.
         store: the chunks, and the counters of what was moved.
+        index_of: the place of each parameter in the layout.
         optimizers: the optimizers that update them, in the order of the layout.
     """
 
@@ -63,7 +66,7 @@ class Engine:
         self.store = store
         self._phase = Phase.LIVE
         self._params = list(params)
-        self._index_of = {param: index for index, param in enumerate(params)}
+        self.index_of = {param: index for index, param in enumerate(params)}
         policy, self._update = footprints.policy, footprints.update
         self._schedule = Schedule(store, lambda: self._step.kind)
         self._gradients = Gradients(store, policy)
@@ -79,10 +82,12 @@ class Engine:
         events = (check, self._is_live, drain, self._placement.recorded)
         self._step: Step = Step(params, self.units, store, self._schedule, self._gradients, *events)
         self._guard = Guard(store.chunks, self.units, self._is_whole, lambda: not self._is_live())
+        at_rest = (self._require_live, self._failures.require_whole, self._enter)
+        self._rest = Rest(store, self._schedule, self._step, self._guard, self._summoner, self._ballot, *at_rest)
         parts = (self._gradients, self._ballot, self._buffers, self._step.hidden.suspect, self._placement)
         self._verdict = Verdict(store, *parts, self._update)
         notice, dropped, updated = self._step.notice_failure, self._step.stand_ins.forget, self._guard.updated
-        chunks = (store, self._schedule, self._gradients, policy, self._index_of)
+        chunks = (store, self._schedule, self._gradients, policy, self.index_of)
         calls = (notice, self._may_update, updated, dropped, self._after_update)
         self.optimizers = Optimizers(optimizers, *chunks, *calls)
         if self._update.when == "in_backward":
@@ -171,6 +176,7 @@ class Engine:
 
         What is on this rank stays, but nothing can be gathered any more. On one rank nothing happens.
         """
+        self._failures.torn |= self.optimizers.stepping
         self.store.collectives.leave(in_a_word(error))
 
     def doubt(self, loss: Tensor) -> None:
@@ -200,7 +206,7 @@ class Engine:
         gradients = self.optimizers.gradients(optimizer)
         if module is None:
             return self._norms.total(gradients, norm_type)
-        names = {self.layout.params[self._index_of[p]].name for p in module.parameters() if p in self._index_of}
+        names = {self.layout.params[self.index_of[p]].name for p in module.parameters() if p in self.index_of}
         return self._norms.of(names, gradients, norm_type)
 
     def grad_norms(self, norm_type: float = 2.0) -> dict[str, Tensor]:
@@ -240,33 +246,30 @@ class Engine:
             with_grads: give parameters their whole gradients in ``.grad`` too, after a backward; changes are not kept.
             exact: give parameters that have a master its fp32 values, whatever dtype they were built in.
         """
-        self._require_live("summon parameters")
-        if self._step.running:
-            raise StateError("parameters cannot be summoned inside a forward or a backward; do it before or after")
         if writeback and rank0_only:
             raise ConfigurationError("summon with writeback=True needs the values on all ranks, not on rank 0 only")
-        self._guard.check()
-        self._schedule.reset()
-        wanted = {self._index_of[p] for p in (module or self.model).parameters() if p in self._index_of}
-        self._phase = Phase.SUMMONED
-        try:
-            where = self.store.host.device if rank0_only else self.store.device.device
-            self._summoner.bind(wanted, where, not rank0_only, exact or writeback)
-            self._step.stand_ins.forget()
-            if with_grads:
-                self._ballot.agree(self.optimizers.gradients(None))
-                self._summoner.bind_grads(wanted, self.optimizers.gradients(None), where, everywhere=not rank0_only)
-            yield
+        wanted = {self.index_of[p] for p in (module or self.model).parameters() if p in self.index_of}
+        gradients = self.optimizers.gradients(None) if with_grads else []
+        with self._rest.begin("summon parameters"):
+            with self._rest.summoned(wanted, gradients, rank0_only, exact or writeback):
+                yield
             if writeback:
                 self._summoner.write_back(wanted)
-        finally:
-            for param in self._params if with_grads else ():
-                param.grad = None
-            for chunk in self.store.chunks:
-                chunk.rebind()
-            self._step.stand_ins.place()
-            self._guard.note()
-            self._phase = Phase.LIVE
+
+    def loading(self) -> AbstractContextManager[Callable[[WeightSource], None]]:
+        """Around ``load_state_dict()``, between two steps; gives a function that replaces weights by those of a source.
+
+        All ranks enter, and call it. If it fails some weights are new and others old, and no step is taken any more.
+        """
+        return self._rest.loading(self.index_of, self.tear)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Around a look at the state between two steps: ``state_dict()`` may be called for the names that are in it.
+
+        Raises:
+            StateError: a step is under way, or a parameter was written to unnoticed.
+        """
+        return self._rest.saving()
 
     def average(self) -> ShardAverage:
         """A new average of the weights, which starts as a copy of them; see :class:`ShardAverage`."""
@@ -315,13 +318,7 @@ class Engine:
         self._guard.remove()
         for unit in self.units:
             unmanage(unit)
-        whole = True
-        if keep_weights:
-            self._summoner.bind(range(len(self._params)), self.store.host.device)
-        else:
-            whole = not torn and not self._schedule.moving
-            for chunk in self.store.chunks:
-                self._summoner.bind_kept(chunk) if whole else chunk.let_go()
+        whole = self._summoner.hand_back(keep_weights, kept=not torn and not self._schedule.moving)
         self._gradients.release()
         self.store.release()
         self._phase = Phase.RELEASED
@@ -375,6 +372,9 @@ class Engine:
         """Updates a chunk as soon as its gradient is reduced."""
         self._verdict.note_use(gradient)
         self.optimizers.update_now(gradient)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
 
     def _is_live(self) -> bool:
         return self._phase is Phase.LIVE

@@ -51,6 +51,30 @@ class NonFiniteError(GeminiError, ArithmeticError):
     """A value that must be finite is NaN or infinite; weights and states are as they were before the step."""
 
 
+class CheckpointError(GeminiError, RuntimeError):
+    """Base of every error about a checkpoint; raised itself where a checkpoint cannot be read or removed."""
+
+
+class NotACheckpointError(CheckpointError):
+    """There is no sharded checkpoint at this path: the message lists what was found, and which tool converts it."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint is damaged: flipped bits, a truncated or missing file, files of two saves; names file and tensor."""
+
+
+class IncompatibleCheckpointError(CheckpointError):
+    """A sound checkpoint that does not fit: of another model, optimizer, precision or of a newer version."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A save failed; all ranks raise it with the same text.
+
+    What was at the path before is there as it was, what the failed save has written is gone, and training can go on.
+    ``__cause__`` is what went wrong on the first rank that failed, an :class:`OSError` mostly.
+    """
+
+
 def end_together(error: Exception) -> Exception:
     """``error``, marked as one that ends a step on all ranks: none of them waits for another."""
     error.ended_together = True  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -89,16 +89,42 @@ def gather_state_dict(chunks: OptimizerOnChunks, store: Store, index_of: Mapping
     states: dict[int, State] = {}
     for update in chunks.updates:
         states.update(_gather_chunk(update, store))
-    state, groups, number = {}, [], 0
-    for group in chunks.optimizer.param_groups:
-        numbers = []
-        for param in group["params"]:
-            if states.get(index_of[param]):
-                state[number] = wrapped(chunks.optimizer, states[index_of[param]])
-            numbers.append(number)
-            number += 1
-        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": numbers})
-    return {"state": state, "param_groups": groups}
+    found = {number: states.get(index, {}) for number, index in numbered(chunks.optimizer, index_of).items()}
+    state = {number: wrapped(chunks.optimizer, one) for number, one in found.items() if one}
+    return {"state": state, "param_groups": save_groups(chunks.optimizer)}
+
+
+def numbered(optimizer: Optimizer, index_of: Mapping[nn.Parameter, int]) -> dict[int, int]:
+    """The index of each parameter by its number in a state dict: torch counts them in the order of the groups."""
+    return dict(enumerate(index_of[param] for group in optimizer.param_groups for param in group["params"]))
+
+
+def save_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups' settings, with numbers in the place of parameters, as torch writes them."""
+    groups, number = [], 0
+    for group in optimizer.param_groups:
+        count = len(group["params"])
+        settings = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**settings, "params": list(range(number, number + count))})
+        number += count
+    return groups
+
+
+def load_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Takes the settings of :func:`save_groups`, of as many groups."""
+    for group, settings in zip(optimizer.param_groups, saved, strict=True):
+        group.update({key: value for key, value in settings.items() if key != "params"})
+
+
+def require_groups(optimizer: Optimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigurationError if groups that were saved have other numbers of parameters than the optimizer's."""
+    theirs = [len(group["params"]) for group in saved]
+    ours = [len(group["params"]) for group in optimizer.param_groups]
+    if theirs != ours:
+        raise ConfigurationError(
+            f"the checkpoint's optimizer has {theirs} parameters in its groups, this {type(optimizer).__name__} "
+            f"has {ours}. Build the same optimizer over the same parameters, or load the weights only."
+        )
 
 
 def load_state_dict(
@@ -109,22 +135,15 @@ def load_state_dict(
     Raises:
         ConfigurationError: the groups differ, or a state has another shape than its parameter; nothing is changed.
     """
+    require_groups(chunks.optimizer, saved["param_groups"])
     groups = chunks.optimizer.param_groups
-    theirs = [len(group["params"]) for group in saved["param_groups"]]
-    ours = [len(group["params"]) for group in groups]
-    if theirs != ours:
-        raise ConfigurationError(
-            f"the checkpoint's optimizer has {theirs} parameters in its groups, this {type(chunks.optimizer).__name__} "
-            f"has {ours}. Build the same optimizer over the same parameters, or load the weights only."
-        )
     states: dict[int, State] = {}
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
         for param, number in zip(group["params"], saved_group["params"], strict=True):
             if number in saved["state"]:
                 states[index_of[param]] = unwrapped(chunks.optimizer, saved["state"][number])
     load_states(chunks, store, states)
-    for group, saved_group in zip(groups, saved["param_groups"], strict=True):
-        group.update({key: value for key, value in saved_group.items() if key != "params"})
+    load_groups(chunks.optimizer, saved["param_groups"])
 
 
 def load_states(chunks: OptimizerOnChunks, store: Store, states: Mapping[int, State]) -> None:

@@ -95,7 +95,7 @@ class Optimizers:
 
     def gradients(self, optimizer: Optimizer | None) -> list[ChunkGradient]:
         """The gradients of what ``optimizer`` updates; all there are if it is ``None``."""
-        return self._every if optimizer is None else self._of(optimizer).gradients
+        return self._every if optimizer is None else self.of(optimizer).gradients
 
     def update_now(self, gradient: ChunkGradient) -> None:
         """Updates the chunk of ``gradient`` within its backward."""
@@ -104,11 +104,11 @@ class Optimizers:
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
         """See :func:`optimizer_state.gather_state_dict`."""
-        return optimizer_state.gather_state_dict(self._of(optimizer), self._store, self._index_of)
+        return optimizer_state.gather_state_dict(self.of(optimizer), self._store, self._index_of)
 
     def load_state_dict(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """See :func:`optimizer_state.load_state_dict`."""
-        optimizer_state.load_state_dict(self._of(optimizer), self._store, self._index_of, state)
+        optimizer_state.load_state_dict(self.of(optimizer), self._store, self._index_of, state)
 
     def beside_bytes(self, chunk: Chunk) -> int:
         """Bytes of the state of ``chunk``."""
@@ -131,7 +131,12 @@ class Optimizers:
         for handle in self._handles:
             handle.remove()
 
-    def _of(self, optimizer: Optimizer) -> OptimizerOnChunks:
+    def of(self, optimizer: Optimizer) -> OptimizerOnChunks:
+        """The one of them that ``optimizer`` is.
+
+        Raises:
+            ConfigurationError: it is none of them.
+        """
         for known in self._known:
             if known.optimizer is optimizer:
                 return known

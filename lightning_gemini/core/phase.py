@@ -10,4 +10,5 @@ class Phase(Enum):
 
     LIVE = "live"  #: forward, backward, step
     SUMMONED = "summoned"  #: the parameters are ordinary tensors for a while; nothing is scheduled
+    SAVING = "saving"  #: the state is looked at, and does not change
     RELEASED = "released"  #: the model is an ordinary module again; nothing

@@ -90,11 +90,15 @@ class SegmentedShard:
                 span = self._spans[slot]
                 yield slot, span, _cut(segment, span.start, span.stop)
 
-    def load(self, states: Mapping[int, State]) -> None:
+    def load(self, states: Mapping[int, State], adopt: bool = False) -> None:
         """Replaces the optimizer state by what ``states`` holds for each slot.
 
         Element-wise tensors must be 1-d and as long as the slot's span, those for blocks likewise; everything else is
         taken as it is.
+
+        Args:
+            adopt: whether tensors are the shard's to keep. What lies in memory as it would here is not copied then;
+                what lies between parameters there has to be zeros.
         """
         pieces = {slot: states.get(slot, {}) for slot, span in enumerate(self._spans) if len(span)}
         self.segments = []
@@ -108,7 +112,10 @@ class SegmentedShard:
             for key, sample in pieces[first].items():
                 if size := grain(key, sample, len(self._spans[first])):
                     parts = {slot: pieces[slot][key] for slot in segment.slots}
-                    segment.state[key] = self._join(segment, parts, size, zero_code(key, pieces[first]))
+                    whole = self._adopted(segment, parts) if adopt else None
+                    if whole is None:
+                        whole = self._join(segment, parts, size, zero_code(key, pieces[first]))
+                    segment.state[key] = whole
                 elif is_code_book(key):
                     segment.state[key] = self._code_book(sample)
                 else:
@@ -122,6 +129,18 @@ class SegmentedShard:
             span = self._spans[slot]
             whole[..., entries(span.start - segment.start, span.stop - segment.start, size)] = part
         return whole
+
+    def _adopted(self, segment: Segment, parts: Mapping[int, Tensor]) -> Tensor | None:
+        """The memory of ``parts`` as one tensor, if they lie in it as their slots do in the segment."""
+        like = parts[segment.slots[0]]
+        storage, origin = like.untyped_storage()._cdata, like.storage_offset() - segment.start
+        for slot, part in parts.items():
+            span = self._spans[slot]
+            alike = part.dim() == 1 and part.dtype == like.dtype and part.device == self._device
+            here = part.untyped_storage()._cdata == storage and part.storage_offset() == origin + span.start
+            if not (alike and here and part.is_contiguous() and len(part) == len(span)):
+                return None
+        return like.as_strided((segment.numel,), (1,))
 
     def _code_book(self, sample: Tensor) -> Tensor:
         """``sample``, which checkpoints hold once for each parameter, once for all segments."""

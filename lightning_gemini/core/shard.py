@@ -6,12 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gemini.core import construct
@@ -29,6 +28,7 @@ from lightning_gemini.core.layout import ALIGNMENT, Layout, ParamSpec, plan_layo
 from lightning_gemini.core.memory import Tier
 from lightning_gemini.core.placement import PlacementPolicy
 from lightning_gemini.core.report import chunk_states, gradient_states
+from lightning_gemini.core.sources import load_sources
 from lightning_gemini.core.speeds import Speeds
 from lightning_gemini.core.state_width import StateWidths
 from lightning_gemini.core.store import Store
@@ -59,7 +59,7 @@ def shard(
     policy: DtypePolicy = DtypePolicy(),  # noqa: B008, it is frozen
     update: UpdatePolicy = UpdatePolicy(),  # noqa: B008, likewise
     unbuilt: Collection[nn.Parameter] = (),
-    exact: Mapping[nn.Parameter, Tensor] = MappingProxyType({}),
+    sources: Sequence[construct.WeightSource] = (),
     home: Home | None = None,
     check: bool = False,
     hang_folder: str | Path = ".",
@@ -70,7 +70,8 @@ def shard(
     ``optimizer.step()`` and ``optimizer.zero_grad()`` work as before.
 
     Args:
-        model: built, or on the ``meta`` device, and then initialised here (see :func:`construct.initialise`).
+        model: built, or on the ``meta`` device, and then loaded (see :func:`sources.attach`) or initialised here (see
+            :func:`construct.initialise`).
         optimizers: over parameters of the model. A trainable parameter of none of them gets no gradient.
         group: the ranks; ``None`` for one process alone.
         reduce_group: the same ranks in a second group, for reductions (see ``collectives``).
@@ -87,7 +88,7 @@ def shard(
         policy: the dtypes.
         update: when updates are made, and what becomes of gradients that are not finite.
         unbuilt: parameters that :func:`construct.leave_meta` was called for already.
-        exact: values to take instead of some parameters' own, at a higher precision, for the masters.
+        sources: of values to take instead of some parameters' own.
         home: where every chunk's shard lives, instead of what ``placement`` makes of it.
         check: watch every step, not only the first of each kind, for reads that hooks cannot see (see ``hidden``).
         hang_folder: where a rank that waits for others in vain leaves ``gemini_hang-rank0.txt`` with its own number;
@@ -97,12 +98,14 @@ def shard(
         ConfigurationError: what is given cannot work; the model is as it was.
         OutOfBudgetError: it does not fit; the model is as it was.
         DisagreementError: the ranks have different models or settings.
+        PeerError: another rank could not load the model's values.
     """
     device = torch.device(device)
     collectives = Collectives(group, reduce_group, Path(hang_folder))
     params = list(dict.fromkeys(model.parameters()))
     index_of = {param: index for index, param in enumerate(params)}
-    specs = specify(model, optimizers, policy, unbuilt)
+    given = {param for source in sources for param in source.params}
+    specs = specify(model, optimizers, policy, {*unbuilt, *given})
     units = find_units(model, index_of, unit_modules)
     tried = {
         number: _require_rules(optimizer, f"optimizer {number}", device, policy)
@@ -123,8 +126,8 @@ def shard(
     masters = {spec.index for spec in layout.chunks if footprints.has_master(spec)}
     _prepare_kernels(optimizers, {tier.device for tier in tiers if placement == "auto" or tier.name in _tiers(homes)})
     _require_agreement(layout, collectives)
-    missing = {*unbuilt, *construct.leave_meta(model, device)}
-    values = {index: param.data for param, index in index_of.items() if param not in missing}
+    missing = {*unbuilt, *construct.leave_meta(model, device)} - given
+    values = {index: param.data for param, index in index_of.items() if param not in missing | given}
     try:
         threads = share(collectives.rank, collectives.gather_objects(claim(device))) if update.overlap else None
         store = Store(layout, params, homes, masters, policy, collectives, *tiers, threads)
@@ -134,8 +137,10 @@ def shard(
         raise
     for param in params:
         param.grad = None  # of a backward before; the chunks start with none
-    values.update({index_of[param]: value for param, value in exact.items()})
     construct.fill(store, values)
+    for source in sources:
+        source.fill(store, index_of)
+    missing -= load_sources(model, store, index_of, missing)
     construct.initialise(model, store, index_of, missing)
     construct.place_buffers(model, device)
     moves = PlacementPolicy(

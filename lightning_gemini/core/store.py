@@ -45,7 +45,7 @@ class Store:
         params: the parameters of ``layout.params``, in that order; they are bound to the chunks.
         homes: where the shard of each chunk lives.
         masters: the chunks that have an fp32 master weight, zero until it is written.
-        policy: the dtypes; it says which chunks want a master when an optimizer first updates them.
+        policy: the dtypes; it says which chunks want a master when an optimizer first updates them. Also an attribute.
         threads: of updates in the background, ``None`` for no such updates.
 
     Attributes:
@@ -87,7 +87,7 @@ class Store:
         self.chunks: list[Chunk] = []
         self.masters: dict[int, Master] = {}
         self._aside: set[int] = set()  # masters that no step needs now, in host memory wherever their chunks live
-        self._policy = policy
+        self.policy = policy
         pairs = list(zip(layout.chunks, homes, strict=True))
         hosted = [spec.nbytes // layout.world_size for spec, home in pairs if home is Home.HOST]
         self.slabs.reserve(hosted, "the shards of parameters")
@@ -350,7 +350,7 @@ class Store:
 
     def bring_master(self, chunk: Chunk) -> Master | None:
         """The chunk's master, beside its shard; a chunk that was frozen gets it now, or has it brought near."""
-        if not self._policy.needs_master(chunk.spec.kind.dtype):
+        if not self.policy.needs_master(chunk.spec.kind.dtype):
             return None
         tier, known = self.tier_of(chunk), self.masters.get(chunk.index)
         if known is not None:
@@ -363,9 +363,9 @@ class Store:
         return self.masters[chunk.index]
 
     def _new_master(self, chunk: Chunk, tier: Tier) -> Master:
-        assert self._policy.master is not None
+        assert self.policy.master is not None
         what = f"the master weights of chunk {chunk.index}"
-        return Master(self._policy.master, chunk.shard.numel(), tier, what)
+        return Master(self.policy.master, chunk.shard.numel(), tier, what)
 
     def owned(self, chunk: int, start: int, stop: int) -> range:
         """The part of ``start:stop`` of a chunk that this rank owns, counted from its shard's beginning."""

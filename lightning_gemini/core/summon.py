@@ -63,8 +63,24 @@ class Summoner:
         for index, value in self.values(wanted, device, everywhere, exact):
             self._params[index].data = value
 
-    def bind_kept(self, chunk: Chunk) -> None:
-        """Gives the parameters of a chunk that is whole on this rank copies in host memory; nobody else takes part."""
+    def hand_back(self, gather: bool, kept: bool) -> bool:
+        """Gives parameters their values in host memory for good, or placeholders.
+
+        Args:
+            gather: from all ranks, which have to call; otherwise nobody else takes part.
+            kept: whether the chunks are whole on this rank.
+
+        Returns:
+            whether the parameters have their values.
+        """
+        if gather:
+            self.bind(range(len(self._params)), self._store.host.device)
+            return True
+        for chunk in self._store.chunks:
+            self._bind_kept(chunk) if kept else chunk.let_go()
+        return kept
+
+    def _bind_kept(self, chunk: Chunk) -> None:
         for slot, (param, place) in enumerate(zip(chunk.params, chunk.spec.slots, strict=True)):
             param.data = chunk.view(slot).to(self._store.host.device, self._dtypes[place.param], copy=True)
 
