@@ -57,7 +57,7 @@ def measure_footprint(entry: Entry, workload: Workload) -> tuple[Footprint, Cont
     before = live_bytes()
     contender = prepare(entry, workload)
     built = live_bytes() - before
-    with _recorded() as recorder:
+    with recorded() as recorder:
         for _ in range(_WARM_STEPS):
             contender.train()
         rest = live_bytes() - before
@@ -68,11 +68,11 @@ def measure_footprint(entry: Entry, workload: Workload) -> tuple[Footprint, Cont
         loaded = live_bytes() - before
         with record_function("loaded"):
             pass
-    recorded = _read(recorder)
+    found = _read(recorder)
     if entry.way == "ddp":
-        rest, loaded = built + recorded.rest, built + recorded.loaded
+        rest, loaded = built + found.rest, built + found.loaded
     numel = sum(param.numel() for param in contender.model.parameters())
-    peak = (rest + recorded.peak - recorded.rest) / numel
+    peak = (rest + found.peak - found.rest) / numel
     engine = contender.engine
     if engine is None:
         footprint = Footprint(loaded / numel, rest / numel, peak)
@@ -116,15 +116,28 @@ def layout_bytes(engine: Engine) -> int:
     return total
 
 
-def _read(recorder: profile) -> _Recorded:
+def most_extra(recorder: profile) -> int:
+    """The most bytes that were given out at a time, beyond those of the beginning or of the end, whichever are more."""
+    now = peak = 0
+    for _, nbytes in _events(recorder):
+        now += nbytes
+        peak = max(peak, now)
+    return peak - max(now, 0)
+
+
+def _events(recorder: profile) -> Iterator[tuple[str, int]]:
     assert recorder.profiler is not None
     assert recorder.profiler.kineto_results is not None
-    now, rest, peak, loaded = 0, None, 0, 0
     for event in sorted(recorder.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         name = event.name()
-        if name == "[memory]":
-            now += event.nbytes()
-        elif name == "rest":
+        yield name, event.nbytes() if name == "[memory]" else 0
+
+
+def _read(recorder: profile) -> _Recorded:
+    now, rest, peak, loaded = 0, None, 0, 0
+    for name, nbytes in _events(recorder):
+        now += nbytes
+        if name == "rest":
             rest = now
         elif name == "loaded":
             loaded = now
@@ -135,7 +148,7 @@ def _read(recorder: profile) -> _Recorded:
 
 
 @contextmanager
-def _recorded() -> Iterator[profile]:
+def recorded() -> Iterator[profile]:
     """Records what the allocator does. The profiler announces itself on stderr: not here."""
     with open(os.devnull, "w") as nowhere:
         stderr = os.dup(2)

@@ -4,4 +4,7 @@ import transformers.models.opt.modeling_opt  # noqa: F401
 
 import benchmarks.footprint
 import benchmarks.rounds
+import benchmarks.save_memory
+import benchmarks.save_times
+import benchmarks.standstill
 import benchmarks.traffic  # noqa: F401

@@ -40,16 +40,24 @@ class Series:
 
 
 def time_rounds(
-    contenders: Sequence[Contender], work: Callable[[Contender], float], timing: Timing, seed: int = 0
+    contenders: Sequence[Contender],
+    work: Callable[[Contender], float],
+    timing: Timing,
+    seed: int = 0,
+    before: Callable[[Contender], object] = lambda _: None,
 ) -> list[Series]:
     """Times ``work`` on all contenders; every rank has to call.
 
     The garbage collector stays on, because it is part of what a contender costs, but starts each sample afresh.
+
+    Args:
+        before: called, untimed, before each sample and each call of the warm-up.
     """
     losses = dict.fromkeys((c.entry.name for c in contenders), 0.0)
     seconds: dict[str, list[float]] = {name: [] for name in losses}
     for contender in contenders:
         for _ in range(timing.warmup):
+            before(contender)
             work(contender)
     gc.collect()
     gc.freeze()
@@ -59,6 +67,7 @@ def time_rounds(
         shuffle(order)
         for contender in order:
             name = contender.entry.name
+            before(contender)
             for _ in range(timing.warm):
                 work(contender)
             gc.collect()

@@ -203,6 +203,18 @@ def test_quick_run(tmp_path: Path) -> None:
     assert "(placement.png)" in text
 
 
+def test_quick_run_of_checkpoints(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--only", "checkpoint", "--pairs", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=170, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert {result["ranks"] for result in report["results"]} == {1, 2}
+    assert {result["benchmark"] for result in report["results"]} == {"checkpoint"}
+    assert "DCP" in (tmp_path / "checkpoint.md").read_text()
+
+
 def _check(benchmark: str, contender: dict) -> None:
     if benchmark == "step":
         assert contender.keys() == {"name", "seconds", "median_seconds", "loss", "ratios"}
