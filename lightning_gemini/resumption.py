@@ -26,7 +26,7 @@ from lightning_gemini.checkpoint.state import load_states
 from lightning_gemini.checkpoint.whole import read_rest
 from lightning_gemini.checkpointing import EXTRA
 from lightning_gemini.core import ConfigurationError, Engine
-from lightning_gemini.core.errors import IncompatibleCheckpointError
+from lightning_gemini.core.errors import IncompatibleCheckpointError, NotACheckpointError
 from lightning_gemini.core.optimizer_state import load_groups, require_groups
 
 Resume = Literal["exact", "cast", "weights"]
@@ -78,6 +78,12 @@ class Resumption:
         if recognise(path) is Kind.SHARDED if own else _has_manifest(path):
             return self._open(path, weights_only is not False)
         checkpoint: dict[str, Any] = files.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        if own and "pytorch-lightning_version" not in checkpoint:
+            raise NotACheckpointError(
+                f"{os.fspath(path)} is a file of torch.save, but not of a Trainer: it has the keys "
+                f"{', '.join(map(repr, list(checkpoint)[:5]))}{', ...' if len(checkpoint) > 5 else ''}. If these are "
+                "weights, load them into the model with load_state_dict before training."
+            )
         return checkpoint
 
     def _open(self, path: str | PathLike[str], weights_only: bool) -> dict[str, Any]:

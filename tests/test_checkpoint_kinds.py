@@ -28,6 +28,7 @@ from lightning_gemini.core.errors import (
     IncompatibleCheckpointError,
     NotACheckpointError,
 )
+from lightning_gemini.resumption import Resumption
 
 
 def write(path: Path, content: bytes = b"content") -> Path:
@@ -329,7 +330,8 @@ def test_what_the_plugin_refuses(tmp_path: Path) -> None:
     with pytest.raises(
         NotACheckpointError, match=r"not of a Trainer: it has the keys 'weight', 'bias'\. .*load_state_"
     ):
-        io.load_checkpoint(path)
+        Resumption("exact").load(path, io, None)
+    assert io.load_checkpoint(path).keys() == {"weight", "bias"}, "launchers hand weights over in such files"
     with pytest.raises(NotACheckpointError, match="there is nothing at"):
         io.load_checkpoint(tmp_path / "none.ckpt")
     full(path, 8)

@@ -274,6 +274,7 @@ def peak_bytes(work: Callable[[], None]) -> int:
 
 def _peak_bytes(work: Callable[[], None]) -> int:
     """In a child of its own."""
+    torch.set_num_threads(1)  # threads of others are not there after a fork
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -16,7 +16,7 @@ from lightning_gemini.checkpoint.kinds import Kind, recognise
 from lightning_gemini.checkpoint.reader import CheckpointReader
 from lightning_gemini.checkpoint.removal import remove
 from lightning_gemini.checkpoint.whole import whole_checkpoint
-from lightning_gemini.core.errors import CheckpointError, ConfigurationError, NotACheckpointError
+from lightning_gemini.core.errors import CheckpointError, ConfigurationError
 
 
 class GeminiCheckpointIO(CheckpointIO):  # type: ignore[misc]
@@ -58,14 +58,7 @@ class GeminiCheckpointIO(CheckpointIO):  # type: ignore[misc]
         """
         if recognise(path) is Kind.SHARDED:
             return whole_checkpoint(CheckpointReader(path), weights_only is not False)
-        checkpoint = read_full(path, map_location or "cpu", weights_only)
-        if "pytorch-lightning_version" not in checkpoint:
-            raise NotACheckpointError(
-                f"{os.fspath(path)} is a file of torch.save, but not of a Trainer: it has the keys "
-                f"{', '.join(map(repr, list(checkpoint)[:5]))}{', ...' if len(checkpoint) > 5 else ''}. If these are "
-                "weights, load them into the model with load_state_dict before training."
-            )
-        return checkpoint
+        return read_full(path, map_location or "cpu", weights_only)
 
     @override
     def remove_checkpoint(self, path: _PATH) -> None:
